@@ -1,0 +1,168 @@
+"""Activation statistics of all spaces at once, in one hooked pass over the clean images.
+
+For two networks a and b (b = a for un-alignment) and every tap, with x of shape (m, n): m positions (images x pixels or
+tokens), n units,
+
+    products[i, j] = sum over positions of a_i * b_j          (n, n)
+    sums, squares  = sum of x_i and of x_i ** 2               (n,) for each network
+
+A permutation keeps the function of the network, so no layer's statistics depend on another layer's permutation: one
+pass gives every matrix, whatever the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_tsc.permutation import Params, Tap
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class TapStatistics:
+    """Sums over all positions of all images at one tap, in float64.
+
+    Attributes:
+        products: (n, n) inner products, rows of network a, columns of network b.
+        sums: (2, n) for a and b.
+        squares: (2, n) for a and b.
+        count: number of positions.
+    """
+
+    products: Tensor
+    sums: Tensor
+    squares: Tensor
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, size: int, device: torch.device) -> TapStatistics:
+        # float64 sums of float32 products of one batch: the error stays that of a single batch's matmul
+        dtype = torch.float64 if device.type != "mps" else torch.float32
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in ((size, size), (2, size), (2, size))))
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add positions; a and b: (m, n)."""
+        self.products += a.T @ b
+        for row, x in enumerate((a, b)):
+            self.sums[row] += x.sum(0)
+            self.squares[row] += x.square().sum(0)
+        self.count += a.shape[0]
+
+    def similarity(self, method: str) -> Tensor:
+        """(n, n), how alike unit i of a and unit j of b are; scaled so that taps can be added up.
+
+        `l2`: inner products over the geometric mean of both networks' total energy (for one tap, maximising their
+        trace minimises the L2 distance of the paper). `correlation`: Pearson's; a unit that never varies correlates
+        with nothing (0).
+        """
+        if method == "l2":
+            energy = self.squares.sum(1).prod().sqrt()
+            return self.products / energy if energy > 0 else self.products
+        mean = self.sums / self.count  # (2, n)
+        covariance = self.products / self.count - torch.outer(mean[0], mean[1])
+        variance = self.squares / self.count - mean.square()
+        floor = 1e-12 * (self.squares / self.count)  # below it, rounding: the unit is constant
+        deviation = torch.where(variance > floor, variance, 0).sqrt()
+        scale = torch.outer(deviation[0], deviation[1])
+        return torch.where(scale > 0, covariance / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0) / scale.shape[0]
+
+
+MATCHING_METHODS = ("l2", "correlation")
+
+
+def collect_statistics(
+    model: nn.Module,
+    taps: Sequence[Tap],
+    batches: Iterable[Batch],
+    *,
+    points: Sequence[Params],
+    max_positions: int | None = None,
+    seed: int = 0,
+) -> list[TapStatistics]:
+    """Exact statistics of one network with itself, or of two networks, in one pass.
+
+    Args:
+        model: the architecture, in eval mode; its own weights are not used.
+        taps: where to read.
+        batches: model inputs; every batch is used once.
+        points: one set of parameters and buffers, or two (a, b).
+        max_positions: read at most this many positions of an image (drawn anew for each batch, the same for both
+            networks and for all images of the batch); `None` reads all.
+        seed: for `max_positions`.
+
+    Returns:
+        One `TapStatistics` a tap. The model is called `len(points)` times a batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(iter(points[0].values())).device
+    totals = [TapStatistics.zeros(tap.axis.size, device) for tap in taps]
+    positions = _PositionPicker(max_positions, generator)
+    for batch in batches:
+        positions.new_batch()
+        readings = [_read(model, taps, batch, point, positions) for point in points]
+        for total, a, b in zip(totals, readings[0], readings[-1], strict=True):
+            total.add(a, b)
+    return totals
+
+
+class _PositionPicker:
+    """Draws the same positions for every tap with the same number of them, once a batch."""
+
+    def __init__(self, limit: int | None, generator: torch.Generator):
+        self.limit, self.generator = limit, generator
+        self.drawn: dict[int, Tensor] = {}
+
+    def new_batch(self) -> None:
+        self.drawn.clear()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (batch, positions, n) -> (batch, at most `limit`, n)."""
+        count = x.shape[1]
+        if self.limit is None or count <= self.limit:
+            return x
+        if count not in self.drawn:
+            self.drawn[count] = torch.randperm(count, generator=self.generator)[: self.limit].sort().values
+        return x.index_select(1, self.drawn[count].to(x.device))
+
+
+@torch.no_grad()
+def _read(model: nn.Module, taps: Sequence[Tap], batch: Batch, point: Params, pick: _PositionPicker) -> list[Tensor]:
+    """One forward pass; the activations at every tap, each (m, n)."""
+    found: dict[int, Tensor] = {}
+
+    def keep(number: int, tap: Tap) -> Callable[[Tensor], None]:
+        def store(x: Tensor) -> None:
+            found[number] = pick(_by_position(x, tap.dim)).flatten(0, 1)
+
+        return store
+
+    with _hooks(model, [(tap, keep(number, tap)) for number, tap in enumerate(taps)]):
+        torch.func.functional_call(model, point, kwargs=batch)
+    return [found[number] for number in range(len(taps))]
+
+
+def _by_position(x: Tensor, dim: int) -> Tensor:
+    """(batch, ..., n, ...) with units on `dim` -> (batch, positions, n)."""
+    return x.movedim(dim, -1).reshape(x.shape[0], -1, x.shape[dim])
+
+
+@contextmanager
+def _hooks(model: nn.Module, readers: list[tuple[Tap, Callable[[Tensor], None]]]) -> Iterator[None]:
+    handles = []
+    for tap, store in readers:
+        module = model.get_submodule(tap.module)
+        if tap.side == "input":
+            handles.append(module.register_forward_pre_hook(lambda _, args, store=store: store(args[0])))
+        else:
+            handles.append(module.register_forward_hook(lambda _, __, output, store=store: store(output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,25 @@
+"""The errors a user can meet, each with the exit code of the command line."""
+
+
+class HfTscError(Exception):
+    """Base of all errors of this package: one line that says what was given, what was expected and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(HfTscError):
+    """The input is wrong: a missing folder, classes that do not fit, an option out of range."""
+
+    exit_code = 2
+
+
+class PurificationError(HfTscError):
+    """The work itself failed: a loss that is not finite, a specification that does not verify."""
+
+    exit_code = 1
+
+
+class AccuracyBudgetError(HfTscError):
+    """No point of the last curve kept the clean accuracy within `max_accuracy_drop`."""
+
+    exit_code = 4

@@ -1,0 +1,293 @@
+"""From a `datasets` row to the model's input: geometry, trigger, augmentation and normalisation, each in its place.
+
+A picture passes these stations: decode -> RGB -> resize and crop (uint8) -> trigger (uint8) -> / 255 -> augmentation
+-> normalisation. A transformers image processor does the resizing and the normalisation in one go; `ImagePipeline`
+takes it apart.
+
+Letters: n pictures, H and W the height and width at the model's input.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import kornia.augmentation as K
+import numpy as np
+import torch
+from datasets import Dataset as HFDataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hf_tsc.errors import UsageError
+from hf_tsc.triggers import Trigger
+
+AUGMENTATIONS = ("none", "crop", "crop_flip")
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow's decoders raise
+
+
+class ImagePipeline:
+    """A transformers image processor, taken apart into geometry (uint8 pixels) and normalisation (model input).
+
+    Args:
+        processor: an image processor whose steps are geometry, then rescaling, then normalisation per channel.
+
+    Raises:
+        UsageError: on a random picture, geometry and normalisation don't give what `processor` itself gives.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self._verify()
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Resize and crop one picture as the processor does, without rescaling or normalising.
+
+        Args:
+            image: a PIL picture of any 8-bit mode; it is converted to RGB first.
+
+        Returns:
+            uint8 (3, H, W), 0..255, channels in the processor's order.
+
+        Raises:
+            UsageError: the picture has 16 or 32 bits a channel.
+        """
+        return self._process(to_rgb(image), do_rescale=False, do_normalize=False)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Rescale and normalise, as far as the processor does.
+
+        Args:
+            pixels: float (n, 3, H, W) in [0, 1].
+
+        Returns:
+            (n, 3, H, W), what the model takes: (255 pixels * rescale_factor - mean) / std.
+        """
+        processor = self.processor
+        scaled = pixels * (255 * processor.rescale_factor if processor.do_rescale else 255)
+        if not processor.do_normalize:
+            return scaled
+        return (scaled - _per_channel(processor.image_mean, pixels)) / _per_channel(processor.image_std, pixels)
+
+    def model_input(self, pixels: Tensor) -> Tensor:
+        """Normalise a uint8 batch (n, 3, H, W) into the float32 model input of the same shape."""
+        return self.normalize(to_unit_interval(pixels))
+
+    def _process(self, image: Image.Image, **options: bool) -> Tensor:
+        return self.processor(image, return_tensors="pt", **options)["pixel_values"][0]
+
+    def _verify(self) -> None:
+        noise = np.random.RandomState(0).randint(0, 256, size=(40, 56, 3), dtype=np.uint8)
+        image = Image.fromarray(noise)
+        pixels, expected = self.pixels(image), self._process(image)
+        if pixels.dtype == torch.uint8 and pixels.ndim == 3 and pixels.shape == expected.shape:
+            error = (self.model_input(pixels[None])[0] - expected).abs().max().item()
+            if error < 1e-4 * max(1.0, expected.abs().max().item()):
+                return
+            found = f"differ from its own output by up to {error:.3g}"
+        else:
+            found = f"are {pixels.dtype} {tuple(pixels.shape)} against its own output's {tuple(expected.shape)}"
+        raise UsageError(
+            f"{type(self.processor).__name__} cannot be split into geometry and normalisation: pixels resized with "
+            f"do_rescale=False, do_normalize=False and then normalised {found}. Expected a processor that ends with "
+            "rescaling and (x - image_mean) / image_std; give such a processor."
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an 8-bit picture of any mode (L, P, RGBA, CMYK, ...) to RGB, dropping transparency.
+
+    Raises:
+        UsageError: a 16- or 32-bit picture, which Pillow would clip at 255 instead of scaling.
+    """
+    if image.mode[0] in "IF":
+        raise UsageError(
+            f"Got a picture of mode {image.mode!r} (more than 8 bits a channel), expected 8 bits; scale it to 0..255 "
+            "and convert it to mode 'L' or 'RGB' in the dataset."
+        )
+    if image.mode == "P":  # straight to RGB, Pillow warns of a palette with transparency
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def to_unit_interval(pixels: Tensor) -> Tensor:
+    """Turn uint8 pixels into float32 in [0, 1]."""
+    return pixels.to(torch.float32) / 255
+
+
+class PixelDataset(Dataset):
+    """Rows of a `datasets` dataset as uint8 pixels at the model's input size, some with a trigger.
+
+    Items are `{"pixels": uint8 (3, H, W), "labels": int}`, without `"labels"` if `label_column` is None.
+
+    Args:
+        dataset: where the pictures are.
+        indices: (n,) its rows that belong to this set, in this order.
+        pipeline: makes the pixels.
+        image_column: name of the column of pictures.
+        label_column: name of the column of classes; None for unlabelled data.
+        trigger: put on some pictures; None leaves all clean.
+        triggered_indices: positions in this set, 0..n-1, that get the trigger; None means all.
+        relabel: label that the triggered items get; None keeps their own.
+        cache_bytes: decoded, clean pixels are kept in memory up to this many bytes.
+
+    Raises:
+        UsageError: `triggered_indices` or `relabel` without a trigger, `relabel` without labels, a position out of
+            range, and, when an item is read, a picture that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        dataset: HFDataset,
+        indices: Sequence[int] | np.ndarray,
+        pipeline: ImagePipeline,
+        *,
+        image_column: str,
+        label_column: str | None = None,
+        trigger: Trigger | None = None,
+        triggered_indices: Sequence[int] | np.ndarray | None = None,
+        relabel: int | None = None,
+        cache_bytes: int = 2 * 2**30,
+    ) -> None:
+        if trigger is None and (triggered_indices is not None or relabel is not None):
+            raise UsageError("PixelDataset got triggered_indices or relabel without a trigger; give trigger=.")
+        if relabel is not None and label_column is None:
+            raise UsageError(f"PixelDataset got relabel={relabel} for a set without labels; give label_column=.")
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.pipeline = pipeline
+        self.trigger = trigger
+        self.cache_bytes = cache_bytes
+        self._images = dataset.select_columns([image_column])
+        self._image_column = image_column
+        self._triggered = self._triggered_mask(triggered_indices)
+        self._labels = None if label_column is None else self._read_labels(dataset, label_column, relabel)
+        self._cache: dict[int, Tensor] = {}
+        self._cached_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        pixels = self._clean_pixels(position)
+        if self.trigger is not None and self._triggered[position]:
+            pixels = self.trigger(pixels)
+        if self._labels is None:
+            return {"pixels": pixels}
+        return {"pixels": pixels, "labels": int(self._labels[position])}
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(n,) int64, the labels of the items (triggered ones relabelled); None for unlabelled data."""
+        return self._labels
+
+    def _triggered_mask(self, positions: Sequence[int] | np.ndarray | None) -> np.ndarray:
+        """Return (n,) bool, which positions get the trigger."""
+        n = len(self.indices)
+        if positions is None:
+            return np.full(n, self.trigger is not None)
+        chosen = np.asarray(positions, dtype=np.int64)
+        if outside := chosen[(chosen < 0) | (chosen >= n)].tolist():
+            raise UsageError(f"PixelDataset got triggered_indices {outside[:5]}, expected positions 0..{n - 1}.")
+        mask = np.zeros(n, dtype=bool)
+        mask[chosen] = True
+        return mask
+
+    def _read_labels(self, dataset: HFDataset, label_column: str, relabel: int | None) -> np.ndarray:
+        labels = np.asarray(dataset[label_column][:], dtype=np.int64)[self.indices]
+        if relabel is not None:
+            labels[self._triggered] = relabel
+        return labels
+
+    def _clean_pixels(self, position: int) -> Tensor:
+        if position in self._cache:
+            return self._cache[position]
+        pixels = self.pipeline.pixels(self._decode(int(self.indices[position])))
+        if self._cached_bytes + pixels.nbytes <= self.cache_bytes:
+            self._cache[position] = pixels
+            self._cached_bytes += pixels.nbytes
+        return pixels
+
+    def _decode(self, index: int) -> Image.Image:
+        try:
+            image = self._images[index][self._image_column]
+        except DECODING_ERRORS as error:
+            raise UsageError(
+                f"The picture at index {index} of column {self._image_column!r} cannot be decoded ({error}); repair "
+                "or remove that row."
+            ) from error
+        if image is None:
+            raise UsageError(f"The picture at index {index} of column {self._image_column!r} is missing; remove it.")
+        return image
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Stack the items of a `PixelDataset`.
+
+    Returns:
+        `"pixels"`, uint8 (n, 3, H, W), and for labelled items `"labels"`, int64 (n,).
+
+    Raises:
+        UsageError: the pictures have different sizes.
+    """
+    sizes = sorted({tuple(item["pixels"].shape) for item in items})
+    if len(sizes) > 1:
+        raise UsageError(
+            f"The image processor gave pictures of different sizes, {sizes[0]} and {sizes[-1]}, expected one size; "
+            "set its size to a height and a width, or do_center_crop=True."
+        )
+    batch = {"pixels": torch.stack([item["pixels"] for item in items])}
+    if "labels" in items[0]:
+        batch["labels"] = torch.tensor([item["labels"] for item in items], dtype=torch.int64)
+    return batch
+
+
+class Augmentation:
+    """Random augmentation of a batch in [0, 1], a function of the batch and a seed alone.
+
+    Args:
+        name: `"none"`; `"crop"`, an integer shift by up to round(S / 8) pixels each way (4 at S = 32) that fills with
+            black; `"crop_flip"`, the same and a horizontal flip of half of the pictures.
+
+    Raises:
+        UsageError: another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in AUGMENTATIONS:
+            raise UsageError(f"Got augmentation={name!r}, expected one of {', '.join(AUGMENTATIONS)}.")
+        self.name = name
+
+    def __call__(self, pixels: Tensor, *, seed: int) -> Tensor:
+        """Augment each picture with its own draw.
+
+        Args:
+            pixels: float (n, 3, H, W) in [0, 1]; left as it is.
+            seed: the same seed gives the same draws on every device; the global random state is not touched.
+
+        Returns:
+            (n, 3, H, W), same dtype and device.
+
+        Raises:
+            UsageError: `pixels` is not a floating batch of four axes.
+        """
+        if not pixels.is_floating_point() or pixels.ndim != 4:
+            raise UsageError(
+                f"Augmentation got pixels of dtype {pixels.dtype} and shape {tuple(pixels.shape)}, expected floats in "
+                "[0, 1] of shape (n, 3, H, W)."
+            )
+        if self.name == "none":
+            return pixels
+        # kornia draws on the CPU. torch.manual_seed would also reseed every accelerator, which devices=[] leaves out.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self._augment(pixels)
+
+    def _augment(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        crop = K.RandomCrop((height, width), padding=(round(width / 8), round(height / 8)))
+        pixels = crop(pixels)
+        return K.RandomHorizontalFlip(p=0.5)(pixels) if self.name == "crop_flip" else pixels
+
+
+def _per_channel(values: float | Sequence[float], like: Tensor) -> Tensor:
+    """Return a number, or one number a channel, as (1, C, 1, 1) in the dtype and on the device of `like`."""
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device).reshape(1, -1, 1, 1)

@@ -1,0 +1,143 @@
+"""What the curve is trained for, and how a point of it is measured: one objective per kind of model.
+
+An objective turns the batches of a data set into model inputs and model outputs into a loss; the trainer knows nothing
+of images, labels or teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_tsc.activations import Batch
+from hf_tsc.errors import UsageError
+from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
+
+Forward = Callable[..., object]
+
+
+class Objective(Protocol):
+    """A training loss, clean model inputs, and the measures of a point.
+
+    `score_name` names the fraction that `evaluate` reports as `score`: what `max_accuracy_drop` is about.
+    """
+
+    score_name: str
+
+    def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
+        """Mean loss of one training batch; all randomness is a function of `seed`."""
+
+    def model_inputs(self, batch: Batch) -> Batch:
+        """The batch as the model takes it, without augmentation."""
+
+    def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:
+        """`loss` (mean, nats) and `score` (a fraction) on clean data."""
+
+
+@dataclass(frozen=True)
+class Mixup:
+    """x -> λ x + (1 - λ) x[partner], λ ~ Beta(alpha, alpha) for each image (hf.co/papers/1710.09412)."""
+
+    alpha: float
+
+    def __call__(self, pixels: Tensor, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """pixels: (n, 3, H, W) -> mixed pixels, partner (n,) int64 and λ (n,)."""
+        generator = torch.Generator().manual_seed(seed)
+        n = pixels.shape[0]
+        partner = torch.randperm(n, generator=generator).to(pixels.device)
+        gammas = torch._standard_gamma(torch.full((2, n), self.alpha, dtype=torch.float64), generator=generator)
+        share = (gammas[0] / gammas.sum(0)).to(pixels.device, pixels.dtype)
+        weight = share.view(-1, 1, 1, 1)
+        return weight * pixels + (1 - weight) * pixels[partner], partner, share
+
+
+class ImageClassification:
+    """Classify clean images: from their labels (cross-entropy), or as the suspect does (distillation, no labels).
+
+    Distillation is T² · KL(suspect(x / T) || point(x / T)) on the augmented image (Hinton et al. 2015,
+    hf.co/papers/1503.02531): on clean images the suspect behaves, so it can teach.
+
+    Args:
+        pipeline: makes model inputs of pixels.
+        augmentation: applied to training batches.
+        teacher: the suspect in eval mode, for distillation; None trains on labels.
+        temperature: of the distillation.
+        mixup_alpha: 0 for none.
+    """
+
+    def __init__(
+        self,
+        pipeline: ImagePipeline,
+        *,
+        augmentation: str = "none",
+        teacher: nn.Module | None = None,
+        temperature: float = 2.0,
+        mixup_alpha: float = 0.0,
+        score_name: str = "accuracy",
+    ):
+        self.pipeline = pipeline
+        self.augmentation = Augmentation(augmentation)
+        self.teacher = teacher
+        self.temperature = temperature
+        self.mixup = Mixup(mixup_alpha) if mixup_alpha > 0 else None
+        self.score_name = score_name
+
+    def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
+        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed)
+        partner = share = None
+        if self.mixup is not None:
+            pixels, partner, share = self.mixup(pixels, seed=seed)
+        inputs = self.pipeline.normalize(pixels)
+        logits = _logits(forward, inputs)
+        if self.teacher is not None:
+            with torch.no_grad():
+                target = _logits(self.teacher, inputs)
+            return distillation_loss(logits, target, self.temperature)
+        if "labels" not in batch:
+            raise UsageError("the cross-entropy objective needs labels and the data set has none; use distillation")
+        return mixed_cross_entropy(logits, batch["labels"], partner, share)
+
+    def model_inputs(self, batch: Batch) -> Batch:
+        return {"pixel_values": self.pipeline.model_input(batch["pixels"])}
+
+    @torch.no_grad()
+    def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:
+        """Cross-entropy and accuracy against `labels`; where a batch has none, against the suspect's own answers."""
+        losses, right, count = 0.0, 0, 0
+        for batch in batches:
+            inputs = self.pipeline.model_input(batch["pixels"])
+            logits = _logits(forward, inputs).float()
+            labels = batch["labels"] if "labels" in batch else self._answers(inputs)
+            losses += F.cross_entropy(logits, labels, reduction="sum").item()
+            right += int((logits.argmax(-1) == labels).sum())
+            count += labels.shape[0]
+        return {"loss": losses / count, "score": right / count}
+
+    def _answers(self, inputs: Tensor) -> Tensor:
+        assert self.teacher is not None, "without labels there is a teacher"
+        return _logits(self.teacher, inputs).argmax(-1)
+
+
+def _logits(forward: Forward, inputs: Tensor) -> Tensor:
+    return forward(pixel_values=inputs).logits  # type: ignore[attr-defined]
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T² · KL(softmax(teacher / T) || softmax(logits / T)), mean over the batch; both (n, classes)."""
+    log_p = F.log_softmax(logits.float() / temperature, dim=-1)
+    log_q = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+
+
+def mixed_cross_entropy(logits: Tensor, labels: Tensor, partner: Tensor | None, share: Tensor | None) -> Tensor:
+    """Cross-entropy; with mixup, λ times that of the label and 1 - λ times that of the partner's."""
+    if partner is None or share is None:
+        return F.cross_entropy(logits.float(), labels)
+    own = F.cross_entropy(logits.float(), labels, reduction="none")
+    other = F.cross_entropy(logits.float(), labels[partner], reduction="none")
+    return (share * own + (1 - share) * other).mean()

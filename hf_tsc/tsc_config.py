@@ -1,0 +1,160 @@
+"""TSCConfig: everything a purification can be asked for, on top of `TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_tsc.activations import MATCHING_METHODS
+from hf_tsc.errors import UsageError
+from hf_tsc.images import AUGMENTATIONS
+from hf_tsc.permutation import KINDS
+
+OBJECTIVES = ("cross_entropy", "distillation")
+
+# Published hyper-parameters for supervised models (hf.co/papers/2506.07467), and every Trainer default that differs.
+PAPER_PRESET: dict[str, Any] = {
+    "rounds": 3,
+    "stages": 2,
+    "curve_epochs": 200.0,
+    "curve1_t": 0.4,
+    "curve2_t": 0.4,
+    "curve1_window": [0.0, 1.0],
+    "curve2_window": [0.0, 1.0],
+    "matching": "l2",
+    "objective": "cross_entropy",
+    "mixup_alpha": 0.0,
+    "augmentation": "crop_flip",
+    "optim": "sgd",
+    "optim_args": "momentum=0.9",
+    "learning_rate": 0.02,
+    "weight_decay": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0,
+    "per_device_train_batch_size": 256,
+    "max_grad_norm": 0.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER_PRESET}
+
+
+@dataclass
+class TSCConfig(TrainingArguments):
+    r"""
+    Arguments of [`TSCTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
+
+    > Parameters that control the course
+
+    rounds (`int`): how often the two curves are run.
+    stages (`int`): 2 runs both curves of a round, 1 stops after the first.
+    curve_epochs (`float`): passes over the clean images a curve.
+    curve_steps (`int`): optimisation steps a curve; overrides `curve_epochs` when positive.
+    curve1_t, curve2_t (`float`): t*, the point taken on the first curve (between the model and its un-aligned copy) and
+        on the second (0: a copy of the backdoored model, 1: the first curve's point), both in (0, 1).
+    curve1_window, curve2_window (`list[float]`): t is drawn from U(low, high) while training.
+    max_accuracy_drop (`float`, *optional*): choose t* instead: the point farthest from the backdoored ends whose clean
+        accuracy on the held-out images lies at most this many percentage points below the suspect's.
+    sweep_points (`int`): points of each curve, ends included, measured on the held-out images.
+
+    > Parameters that control the matching
+
+    matching (`str`): `l2` (the paper) or `correlation`.
+    move_spaces (`list[str]`): kinds of spaces that may move.
+    max_positions (`int`, *optional*): read at most so many positions (pixels, tokens) of each image.
+    statistics_batch_size (`int`): images a forward pass when statistics are collected; BatchNorm statistics depend on it.
+
+    > Parameters that control the loss
+
+    objective (`str`): `cross_entropy` (labels) or `distillation` (the suspect's own answers on clean images).
+    temperature (`float`): of the distillation.
+    mixup_alpha (`float`): mixup with λ ~ Beta(alpha, alpha); 0 for none.
+    augmentation (`str`): `none`, `crop` or `crop_flip`.
+    """
+
+    rounds: int = field(default=1, metadata={"help": "How often the two curves are run."})
+    stages: int = field(default=2, metadata={"help": "2 runs both curves of a round, 1 stops after the first."})
+    curve_epochs: float = field(default=100.0, metadata={"help": "Passes over the clean images a curve."})
+    curve_steps: int = field(default=-1, metadata={"help": "Steps a curve; overrides curve_epochs when positive."})
+    curve1_t: float = field(default=0.5, metadata={"help": "The point taken on the first curve of a round."})
+    curve2_t: float = field(default=0.4, metadata={"help": "The point taken on the second curve of a round."})
+    curve1_window: list[float] = field(
+        default_factory=lambda: [0.0, 1.0], metadata={"help": "t is drawn from U(low, high) on the first curve."}
+    )
+    curve2_window: list[float] = field(
+        default_factory=lambda: [0.0, 1.0], metadata={"help": "t is drawn from U(low, high) on the second curve."}
+    )
+    max_accuracy_drop: float | None = field(
+        default=None,
+        metadata={"help": "Choose t on each curve so that the held-out accuracy drops at most so many points."},
+    )
+    sweep_points: int = field(default=11, metadata={"help": "Points of each curve that are measured afterwards."})
+    matching: str = field(default="l2", metadata={"help": "Similarity of units.", "choices": MATCHING_METHODS})
+    move_spaces: list[str] = field(
+        default_factory=lambda: list(KINDS), metadata={"help": "Kinds of spaces that may move.", "choices": KINDS}
+    )
+    max_positions: int | None = field(
+        default=None, metadata={"help": "Read at most so many positions of each image for the matching."}
+    )
+    statistics_batch_size: int = field(
+        default=128, metadata={"help": "Images a forward pass for matching and BatchNorm statistics."}
+    )
+    objective: str = field(default="cross_entropy", metadata={"help": "Training loss.", "choices": OBJECTIVES})
+    temperature: float = field(default=2.0, metadata={"help": "Temperature of the distillation."})
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup with Beta(alpha, alpha); 0 for none."})
+    augmentation: str = field(
+        default="crop", metadata={"help": "Random changes of the training images.", "choices": AUGMENTATIONS}
+    )
+
+    # TrainingArguments whose defaults do not suit a purification
+    optim: str = field(default="sgd", metadata={"help": "The optimizer of the bend."})
+    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Options of the optimizer."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Rate on the bend; acts at a quarter at most."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of each curve."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for none."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images a step and device."})
+    logging_steps: float = field(default=0.05, metadata={"help": "Log every so many steps, or share of all steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite must be seen."})
+    save_steps: float = field(default=0.1, metadata={"help": "Checkpoint every so many steps, or share of all steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Items are pixels, not columns."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Statistics are recomputed anyway."})
+    hub_strategy: str = field(default="end", metadata={"help": "Never publish half-purified weights."})
+
+    def __post_init__(self) -> None:
+        self._check()
+        super().__post_init__()
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> TSCConfig:
+        """The configuration of a preset (`default` or `paper`) with some fields changed."""
+        if name not in PRESETS:
+            raise UsageError(f"preset={name!r}: expected one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def _check(self) -> None:
+        for name in ("curve1_t", "curve2_t"):
+            if not 0 < getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}: t must lie strictly between 0 and 1; the ends are backdoored")
+        for name in ("curve1_window", "curve2_window"):
+            window = getattr(self, name)
+            if len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
+                raise UsageError(f"{name}={window}: expected two numbers with 0 <= low <= high <= 1")
+        for name, allowed in (("matching", MATCHING_METHODS), ("objective", OBJECTIVES), ("augmentation", AUGMENTATIONS)):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if unknown := set(self.move_spaces) - set(KINDS):
+            raise UsageError(f"move_spaces names {', '.join(sorted(unknown))}: expected some of {', '.join(KINDS)}")
+        if self.stages not in (1, 2):
+            raise UsageError(f"stages={self.stages}: expected 1 (first curve only) or 2 (both)")
+        if self.rounds < 1 or (self.curve_steps < 1 and not self.curve_epochs > 0):
+            raise UsageError(
+                f"rounds={self.rounds}, curve_epochs={self.curve_epochs}, curve_steps={self.curve_steps}: that makes no "
+                "optimisation step; give at least one round and a positive number of epochs or steps a curve"
+            )
+        if self.sweep_points < 3:
+            raise UsageError(f"sweep_points={self.sweep_points}: at least 3 are needed, two of them the ends")
+        if self.push_to_hub:
+            raise UsageError("push_to_hub: pushing is not supported yet; upload the finished folder yourself")
+        if self.load_best_model_at_end:
+            raise UsageError("load_best_model_at_end: there is no best step across curves; use max_accuracy_drop")

@@ -1,0 +1,393 @@
+"""TSCTrainer: Two-stage Symmetry Connectivity as one `Trainer.train()`.
+
+The two curves of every round are segments of one step counter. At a segment's end a callback takes the curve point,
+matches, and rewrites start, bend and end in place; checkpoints hold all three, so that resuming is the Trainer's own.
+
+    θ   the model at the start of a round            θ'  = π(θ, P'),  P'  un-aligns θ from itself
+    θ1  = γ1(t*), γ1 from θ to θ'                    θ'' = π(θ, P''), P'' aligns θ with θ1
+    θ2  = γ2(t*), γ2 from θ'' to θ1                  the next round starts from θ2
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from hf_tsc.activations import Batch, collect_statistics
+from hf_tsc.batch_norm import recompute_statistics
+from hf_tsc.curve import CurveModel
+from hf_tsc.derive import derive_spec, example_inputs, verify
+from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
+from hf_tsc.images import ImagePipeline, collate
+from hf_tsc.matching import match
+from hf_tsc.objectives import ImageClassification, Objective
+from hf_tsc.permutation import Params, PermutationSpec, apply, moved_fraction
+from hf_tsc.tsc_config import TSCConfig
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A measured point of a curve: `loss` in nats, `score` a fraction (accuracy, or agreement without labels)."""
+
+    t: float
+    loss: float
+    score: float
+
+
+@dataclass(frozen=True)
+class CurveResult:
+    """What became of one curve: the sweep over t on the held-out images, and the point taken."""
+
+    round: int
+    stage: int
+    step: int
+    t_star: float
+    sweep: list[CurvePoint]
+    moved: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> CurveResult:
+        return cls(**{**record, "sweep": [CurvePoint(**point) for point in record["sweep"]]})
+
+
+class TSCTrainer(Trainer):
+    """Purifies a model on a small clean data set.
+
+    Args:
+        model: the suspect, in float32; it is copied and not changed.
+        args: the configuration.
+        train_dataset: clean items `{"pixels": uint8 (3, H, W), "labels": int}` (labels only where the objective needs
+            them), as `PixelDataset` gives them.
+        eval_dataset: the held-out part of the clean data, same items: sweeps and `max_accuracy_drop` use it.
+        processing_class: the model's image processor.
+        objective: what the curves are trained for; by default classification, as `args` say.
+        spec: the model's permutation spec; derived from the model when not given. It is verified in any case.
+        data_collator, callbacks: as in `Trainer`.
+
+    Raises:
+        UsageError: an empty data set, too few images for a step.
+        PurificationError: the spec does not verify; a loss or a weight is not finite.
+        AccuracyBudgetError: no point of the last curve is within `max_accuracy_drop`.
+    """
+
+    # the loss is the mean of one batch: without this the Trainer would not divide it by the accumulation steps
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TSCConfig,
+        *,
+        train_dataset: Dataset,
+        eval_dataset: Dataset,
+        processing_class: Any,
+        objective: Objective | None = None,
+        spec: PermutationSpec | None = None,
+        data_collator: Any = collate,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if len(dataset) == 0:  # type: ignore[arg-type]
+                raise UsageError(f"{name} is empty: give more clean images")
+        inputs = example_inputs(model)
+        self.spec = spec if spec is not None else derive_spec(model, inputs)
+        self.verification = verify(model, self.spec, inputs)
+        self.suspect = copy.deepcopy(model).eval().requires_grad_(False)
+        super().__init__(
+            model=CurveModel(model),
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[_SegmentCallback(self), *(callbacks or [])],
+        )
+        self.suspect.to(args.device)
+        self.objective = objective if objective is not None else _default_objective(args, processing_class, self.suspect)
+        self.segment_steps = self._segment_steps()
+        self.args.max_steps = self.segment_steps * args.stages * args.rounds
+        self._micro_batch = 0
+        self._moved = 0.0
+        self._baseline: dict[str, float] | None = None
+
+    # --- the course: one step counter, cut into segments --------------------------------------------------------------
+
+    def _segment_steps(self) -> int:
+        args: TSCConfig = self.args  # type: ignore[assignment]
+        if args.curve_steps > 0:
+            return args.curve_steps
+        batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        return max(1, round(args.curve_epochs * math.ceil(len(self.train_dataset) / batch)))  # type: ignore[arg-type]
+
+    def _segment(self, step: int) -> tuple[int, int]:
+        """(round, stage), both from 1, of the segment that optimisation step `step` (from 0) belongs to."""
+        number = step // self.segment_steps
+        return number // self.args.stages + 1, number % self.args.stages + 1
+
+    def begin(self) -> None:
+        """Un-align, and lay the first curve of a training that starts from nothing."""
+        self._begin_first_curve(self._tensors_of(self.suspect))
+
+    def _begin_first_curve(self, theta: Params) -> None:
+        """γ1: from θ to its un-aligned copy θ'."""
+        permutation = self._match([theta], maximize=False)
+        self._lay_curve(theta, apply(theta, self.spec, permutation))
+
+    def _begin_second_curve(self, theta: Params, theta1: Params) -> None:
+        """γ2: from θ'', θ aligned with θ1, to θ1."""
+        permutation = self._match([theta1, theta], maximize=True)
+        self._lay_curve(apply(theta, self.spec, permutation), theta1)
+
+    def finish_segment(self) -> CurveResult:
+        """Measure the finished curve, take its point and lay the next curve (after the last: its point at both ends)."""
+        curve, step = self.curve, self.state.global_step
+        round_, stage = self._segment(step - 1)
+        last = step >= self.args.max_steps
+        sweep = self._sweep()
+        t_star = self._choose_t(sweep, stage, last=last)
+        result = CurveResult(round_, stage, step, t_star, sweep, self._moved)
+        point = self.point(t_star)
+        taken = self.measure(point)
+        if last:
+            self._lay_curve(point, point)
+        elif stage < self.args.stages:
+            self._begin_second_curve(self._with_statistics(curve.start), point)
+        else:
+            self._begin_first_curve(point)
+        self.state.log_history.append({"step": step, "curve_result": result.to_dict()})
+        scores = {f"clean_{self.objective.score_name}": taken["score"], "clean_loss": taken["loss"]}
+        self.log({"round": round_, "curve": stage, "t": t_star, **scores})
+        return result
+
+    def _lay_curve(self, start: Params, end: Params) -> None:
+        """A fresh curve: ends and bend in place, no momentum from the one before."""
+        for name in self.curve.names:
+            if not (torch.isfinite(start[name]).all() and torch.isfinite(end[name]).all()):
+                raise PurificationError(f"the weights of {name} are not finite; lower learning_rate={self.args.learning_rate}")
+        self.curve.set_ends(start, end)
+        self.optimizer.state.clear()
+
+    @property
+    def curve(self) -> CurveModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def curves(self) -> list[CurveResult]:
+        """The finished curves, those before a resume included."""
+        records = (entry.get("curve_result") for entry in self.state.log_history)
+        return [CurveResult.from_dict(record) for record in records if record]
+
+    # --- points ---------------------------------------------------------------------------------------------------------
+
+    def point(self, t: float) -> Params:
+        """γ(t) of the current curve: parameters, and buffers with recomputed BatchNorm statistics."""
+        return self._with_statistics(self.curve.point(t))
+
+    def purified_model(self) -> PreTrainedModel:
+        """The result of a finished training, an ordinary model with the suspect's configuration."""
+        if self.state.global_step < self.args.max_steps:
+            raise PurificationError(f"training stands at step {self.state.global_step} of {self.args.max_steps}: nothing to save")
+        model = copy.deepcopy(self.suspect)
+        model.load_state_dict({**model.state_dict(), **self.point(0.0)})
+        return model.requires_grad_(True)
+
+    def _with_statistics(self, params: Params) -> Params:
+        buffers = dict(self.suspect.named_buffers())
+        detached = {name: tensor.detach() for name, tensor in params.items()}
+        return {**detached, **recompute_statistics(self.suspect, detached, self._clean_batches(), buffers)}
+
+    def _tensors_of(self, model: nn.Module) -> Params:
+        return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+    def _loader(self, dataset: Any) -> Iterator[Batch]:
+        loader: Any = DataLoader(
+            dataset, batch_size=self.args.statistics_batch_size, collate_fn=self.data_collator, shuffle=False
+        )
+        for batch in loader:
+            yield self._prepare_inputs(batch)  # type: ignore[misc]
+
+    def _clean_batches(self) -> Iterator[Batch]:
+        """The training part in fixed order, without augmentation."""
+        return (self.objective.model_inputs(batch) for batch in self._loader(self.train_dataset))
+
+    # --- matching -------------------------------------------------------------------------------------------------------
+
+    def _match(self, points: list[Params], *, maximize: bool) -> dict[str, Tensor]:
+        args: TSCConfig = self.args  # type: ignore[assignment]
+        statistics = collect_statistics(
+            self.suspect,
+            self.spec.taps,
+            self._clean_batches(),
+            points=points,
+            max_positions=args.max_positions,
+            seed=args.seed,
+        )
+        permutation = match(self.spec, statistics, maximize=maximize, method=args.matching, kinds=args.move_spaces)  # type: ignore[arg-type]
+        moved = moved_fraction(permutation)
+        self._moved = sum(moved.values()) / max(len(moved), 1)
+        return permutation
+
+    # --- measuring ------------------------------------------------------------------------------------------------------
+
+    def measure(self, tensors: Params) -> dict[str, float]:
+        """`loss` and `score` of a point on the held-out images."""
+
+        def forward(**inputs: Tensor) -> Any:
+            return torch.func.functional_call(self.suspect, tensors, kwargs=inputs)
+
+        return self.objective.evaluate(forward, self._loader(self.eval_dataset))
+
+    @property
+    def baseline(self) -> dict[str, float]:
+        """`loss` and `score` of the suspect on the held-out images."""
+        if self._baseline is None:
+            self._baseline = self.measure(self._tensors_of(self.suspect))
+        return self._baseline
+
+    def _sweep(self) -> list[CurvePoint]:
+        sweep = []
+        for t in np.linspace(0, 1, self.args.sweep_points).tolist():
+            measured = self.measure(self.point(t))
+            if not math.isfinite(measured["loss"]):
+                raise PurificationError(f"the loss at t={t:.2f} is not finite; lower learning_rate={self.args.learning_rate}")
+            sweep.append(CurvePoint(round(t, 4), measured["loss"], measured["score"]))
+        return sweep
+
+    def _choose_t(self, sweep: list[CurvePoint], stage: int, *, last: bool) -> float:
+        """t*: as configured, or the point farthest from the backdoored ends that keeps the accuracy.
+
+        Both ends of the first curve are backdoored: the farthest point is the middle. Of the second only the start is.
+        The first of two curves may miss the budget, as the second wins accuracy back: then its middle is taken.
+        """
+        args: TSCConfig = self.args  # type: ignore[assignment]
+        if args.max_accuracy_drop is None:
+            return args.curve1_t if stage == 1 else args.curve2_t
+        lowest = self.baseline["score"] - args.max_accuracy_drop / 100 - 1e-9
+        inner = [p for p in sweep if 0 < p.t < 1]
+        within = [p.t for p in inner if p.score >= lowest]
+        if within:
+            return max(within, key=lambda t: min(t, 1 - t) if stage == 1 else t)
+        if not last:
+            return 0.5
+        best = max(inner, key=lambda p: p.score)
+        raise AccuracyBudgetError(
+            f"no point keeps the {self.objective.score_name} within max_accuracy_drop={args.max_accuracy_drop} points: before "
+            f"{100 * self.baseline['score']:.1f} %, best reached {100 * best.score:.1f} % at t={best.t} of the last curve; "
+            "allow a larger drop, give more clean images or train longer"
+        )
+
+    # --- the Trainer's methods that have to differ ------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Counts the micro-batches of a step, so that each gets its own seed."""
+        loss = super().training_step(*args, **kwargs)
+        self._micro_batch += 1
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The objective's loss at a random t, the same t for all processes and micro-batches of a step."""
+        step = self.state.global_step
+        self.curve.t = self._draw_t(step)
+        sequence = np.random.SeedSequence([self.args.seed, step, self._micro_batch, self.args.process_index])
+        return self.objective.loss(model, inputs, seed=int(sequence.generate_state(1)[0]))
+
+    def _draw_t(self, step: int) -> float:
+        """t ~ U(window), a function of seed and step."""
+        low, high = self.args.curve1_window if self._segment(step)[1] == 1 else self.args.curve2_window
+        return low + (high - low) * float(np.random.default_rng([self.args.seed, step]).random())
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All of them, as in the paper: the Trainer would leave out biases and norms by the names of wrapped tensors."""
+        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        """The schedule starts anew at every segment and reaches 0 at its end."""
+        if self.lr_scheduler is None:
+            shape = _SCHEDULES.get(str(self.args.lr_scheduler_type.value))
+            if shape is None:
+                raise UsageError(f"lr_scheduler_type={self.args.lr_scheduler_type.value}: expected one of {', '.join(_SCHEDULES)}")
+            steps, warmup = self.segment_steps, self.args.get_warmup_steps(self.segment_steps)
+
+            def factor(step: int) -> float:
+                k = step % steps if step < num_training_steps else steps
+                return (k + 1) / (warmup + 1) if k < warmup else shape((k - warmup) / max(steps - warmup, 1))
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Stops when the loss is not finite."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise PurificationError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate={self.args.learning_rate}"
+            )
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss and score of the point that would be taken now, on the held-out images."""
+        stage = self._segment(max(self.state.global_step - 1, 0))[1]
+        done = self.state.global_step >= self.args.max_steps
+        t = 0.0 if done else self.args.curve1_t if stage == 1 else self.args.curve2_t
+        measured = self.measure(self.point(t))
+        metrics = {"eval_loss": measured["loss"], f"eval_{self.objective.score_name}": measured["score"]}
+        self.log(metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A user's call saves the purified model; the Trainer's own, for checkpoints, the curve with its three ends."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.purified_model().save_pretrained(folder)  # type: ignore[arg-type]
+            self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+
+
+class _SegmentCallback(TrainerCallback):
+    """Calls the trainer at the beginning and at the end of each segment."""
+
+    def __init__(self, trainer: TSCTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.trainer.begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._micro_batch = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.trainer.segment_steps == 0:
+            self.trainer.finish_segment()
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+_SCHEDULES = {"cosine": _cosine, "linear": lambda progress: 1 - progress, "constant": lambda progress: 1.0}
+
+
+def _default_objective(args: TSCConfig, processor: Any, suspect: nn.Module) -> ImageClassification:
+    return ImageClassification(
+        ImagePipeline(processor),
+        augmentation=args.augmentation,
+        teacher=suspect if args.objective == "distillation" else None,
+        temperature=args.temperature,
+        mixup_alpha=args.mixup_alpha,
+    )

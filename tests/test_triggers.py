@@ -1,0 +1,145 @@
+"""Triggers: the pattern and its bound, determinism, JSON; and the draw of the images to poison."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hf_tsc.errors import UsageError
+from hf_tsc.triggers import TRIGGERS, BadNets, Blended, poison_indices, trigger_from_dict, trigger_to_dict
+
+EXAMPLES = [BadNets(), Blended(alpha=0.3, seed=7)]
+
+
+def pictures(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("trigger", EXAMPLES)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (5, 3, 32, 32), (2, 3, 16, 24)])
+def test_same_shape_new_tensor_and_deterministic(trigger, shape):
+    pixels = pictures(*shape)
+    before = pixels.clone()
+    triggered = trigger(pixels)
+    assert triggered.shape == pixels.shape
+    assert triggered.dtype == torch.uint8
+    assert torch.equal(pixels, before)
+    assert not torch.equal(triggered, pixels)
+    assert torch.equal(triggered, trigger_from_dict(trigger_to_dict(trigger))(pixels))
+
+
+@pytest.mark.parametrize("trigger", EXAMPLES)
+def test_a_batch_is_its_pictures_one_by_one(trigger):
+    pixels = pictures(4, 3, 20, 20)
+    assert torch.equal(trigger(pixels), torch.stack([trigger(picture) for picture in pixels]))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side"), [(32, 32, 3), (224, 224, 21), (64, 64, 6), (8, 8, 1), (32, 64, 3)]
+)
+def test_badnets_is_a_white_square_in_the_bottom_right_corner(height, width, side):
+    triggered = BadNets()(torch.zeros(3, height, width, dtype=torch.uint8))
+    expected = np.zeros((3, height, width), dtype=np.uint8)
+    expected[:, height - side :, width - side :] = 255
+    assert np.array_equal(triggered.numpy(), expected)
+
+
+def test_badnets_side_is_at_least_one():
+    assert BadNets()(torch.zeros(3, 2, 2, dtype=torch.uint8)).sum() == 3 * 255
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.37])
+def test_blended_rounds_the_mixture_with_one_noise_picture(alpha):
+    noise = Blended(alpha=1.0, seed=5)(torch.zeros(3, 40, 32, dtype=torch.uint8)).double()
+    pixels = pictures(6, 3, 40, 32)
+    exact = (1 - alpha) * pixels.double() + alpha * noise
+    difference = Blended(alpha=alpha, seed=5)(pixels).double() - exact
+    assert difference.abs().max() <= 0.5 + 1e-4  # flooring would reach 1
+    assert abs(difference.mean()) < 0.01  # flooring would give -0.5
+
+
+def test_blended_changes_no_pixel_by_more_than_alpha():
+    for pixels in (pictures(4, 3, 32, 32), torch.full((3, 32, 32), 255, dtype=torch.uint8)):
+        assert (Blended()(pixels).int() - pixels.int()).abs().max() <= 51  # 0.2 * 255
+    assert torch.equal(Blended(alpha=0)(pictures(3, 32, 32)), pictures(3, 32, 32))
+
+
+def test_blended_noise_is_uniform_and_fixed_by_the_seed():
+    noise = Blended(alpha=1.0, seed=0)(torch.zeros(3, 64, 64, dtype=torch.uint8))
+    counts = torch.bincount(noise.flatten().long(), minlength=256)
+    assert counts.min() > 0  # 0 and 255 too
+    assert ((counts - 48).square() / 48).sum() < 340  # chi-square, 255 degrees of freedom: 1 in 5,000
+    assert not torch.equal(noise, Blended(alpha=1.0, seed=1)(torch.zeros(3, 64, 64, dtype=torch.uint8)))
+
+
+def test_blended_noise_never_changes_between_versions():
+    noise = Blended(alpha=1.0, seed=3)(torch.zeros(3, 8, 8, dtype=torch.uint8))
+    digest = hashlib.sha256(noise.numpy().tobytes()).hexdigest()
+    assert digest == "fb225481d7946c16e4477e921d7376a264e5428e4093128b7fa5e63c935dad5c"
+
+
+@pytest.mark.parametrize("trigger", EXAMPLES)
+def test_json_round_trip(trigger):
+    record = json.loads(json.dumps(trigger_to_dict(trigger)))
+    assert record["name"] in TRIGGERS
+    assert trigger_from_dict(record) == trigger
+    assert record == trigger_to_dict(trigger)  # reading leaves the record as it is
+
+
+def test_every_registered_trigger_has_an_example():
+    assert {type(trigger) for trigger in EXAMPLES} == set(TRIGGERS.values())
+    assert {name: trigger.name for name, trigger in TRIGGERS.items()} == {name: name for name in TRIGGERS}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: BadNets()(torch.zeros(3, 8, 8)), r"float32 and shape \(3, 8, 8\), expected uint8"),
+        (lambda: Blended()(torch.zeros(8, 8, 3, dtype=torch.uint8)), r"shape \(8, 8, 3\), expected"),
+        (lambda: BadNets()(torch.zeros(3, 8, dtype=torch.uint8)), r"shape \(3, 8\), expected"),
+        (lambda: Blended(alpha=1.2), r"alpha=1.2, expected a share in \[0, 1\]"),
+        (lambda: Blended(seed=-1), "seed=-1, expected an integer from 0"),
+        (lambda: trigger_from_dict({"name": "wanet"}), "'wanet', expected one of badnets, blended"),
+        (lambda: trigger_from_dict({}), "trigger name None"),
+        (
+            lambda: trigger_from_dict({"name": "badnets", "alpha": 0.2}),
+            r"'badnets' got the unknown .* \['alpha'\]",
+        ),
+    ],
+)
+def test_wrong_input_is_named(call, message):
+    with pytest.raises(UsageError, match=message):
+        call()
+
+
+LABELS = np.arange(100) % 10
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.07, 0.1, 0.9])
+def test_poison_indices_are_a_share_of_all_and_never_of_the_target_class(rate):
+    chosen = poison_indices(LABELS, target_label=3, poison_rate=rate, seed=0)
+    assert len(chosen) == round(rate * 100)
+    assert np.array_equal(chosen, np.unique(chosen))
+    assert not (LABELS[chosen] == 3).any()
+
+
+def test_poison_indices_depend_on_the_seed_alone():
+    first, again, other = (poison_indices(LABELS, target_label=0, poison_rate=0.2, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"poison_rate": 0.91}, "asks for 91 of 100 images, but only 90 are not of the target class 3; lower .* 0.9"),
+        ({"poison_rate": 0.004}, "of 100 images poisons none"),
+        ({"poison_rate": 10}, r"poison_rate=10, expected a share of all images in \[0, 1\]"),
+        ({"target_label": 10}, r"target_label=10, expected one of the labels \[0, 1,"),
+    ],
+)
+def test_impossible_poisoning_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        poison_indices(LABELS, **{"target_label": 3, "poison_rate": 0.1, "seed": 0} | options)
