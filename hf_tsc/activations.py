@@ -134,17 +134,17 @@ class _PositionPicker:
 @torch.no_grad()
 def _read(model: nn.Module, taps: Sequence[Tap], batch: Batch, point: Params, pick: _PositionPicker) -> list[Tensor]:
     """One forward pass; the activations at every tap, each (m, n)."""
-    found: dict[int, Tensor] = {}
+    found: list[list[Tensor]] = [[] for _ in taps]  # one reading a call of the module
 
     def keep(number: int, tap: Tap) -> Callable[[Tensor], None]:
-        def store(x: Tensor) -> None:
-            found[number] = pick(_by_position(x, tap.dim)).flatten(0, 1)
+        def store(x: Tensor) -> None:  # a copy: the network may go on to write into x
+            found[number].append(pick(_by_position(x, tap.dim)).flatten(0, 1).clone())
 
         return store
 
     with _hooks(model, [(tap, keep(number, tap)) for number, tap in enumerate(taps)]):
         torch.func.functional_call(model, point, kwargs=batch)
-    return [found[number] for number in range(len(taps))]
+    return [torch.cat(readings) for readings in found]
 
 
 def _by_position(x: Tensor, dim: int) -> Tensor:

@@ -151,30 +151,31 @@ def positions(axis: Axis, space: str) -> list[Tensor]:
 
     Returns:
         int64 tensors of shape (b, s): row r holds the positions of units 0..s-1 in the r-th enclosing block
-        (b = 1 for a space in no product; for a space nested in heads, one row a head).
+        (b = 1 for a space in no product; for a space nested in heads, row r is head r).
     """
-    return _positions(axis, space, torch.arange(axis.size).unsqueeze(0))
+    return _positions(axis, space, torch.arange(axis.size).unsqueeze(0), {})
 
 
-def _positions(axis: Axis, space: str, where: Tensor) -> list[Tensor]:
-    """`where`: (b, axis.size), the positions of this sub-axis in each of its b enclosing blocks."""
+def _positions(axis: Axis, space: str, where: Tensor, blocks: Mapping[str, Tensor]) -> list[Tensor]:
+    """`where`: (b, axis.size), the positions of this sub-axis in each of its b enclosing blocks; `blocks`: for every
+    enclosing space (b,), the unit of it that each of them belongs to."""
+    if all(atom.space != space for atom in atoms(axis)):
+        return []
     if isinstance(axis, Atom):
-        return [where] if axis.space == space else []
+        if axis.parent is None:
+            return [where]
+        unit = blocks[axis.parent]
+        rows = where[unit.argsort(stable=True)].unflatten(0, (int(unit.max()) + 1, -1))  # (parent size, copies, s)
+        return list(rows.unbind(1))
     if isinstance(axis, Concat):
         splits = where.split([part.size for part in axis.parts], dim=1)
-        return [found for part, piece in zip(axis.parts, splits, strict=True) for found in _positions(part, space, piece)]
-    if isinstance(axis, Frozen):
-        return []
-    first, rest = axis.factors[0], Product(axis.factors[1:]) if len(axis.factors) > 1 else None
-    if rest is None:
-        return _positions(first, space, where)
+        pairs = zip(axis.parts, splits, strict=True)
+        return [found for part, piece in pairs for found in _positions(part, space, piece, blocks)]
+    assert isinstance(axis, Product)
+    first, rest = axis.factors[0], Product(axis.factors[1:])
     grid = where.unflatten(1, (first.size, rest.size))  # (b, n0, n_rest)
-    if isinstance(first, Atom) and first.space == space:
-        return [grid[:, :, k] for k in range(rest.size)]
-    inside_first = [] if isinstance(first, Atom) else _positions_in_blocks(first, space, grid)
-    return inside_first + _positions(rest, space, grid.flatten(0, 1))
-
-
-def _positions_in_blocks(first: Axis, space: str, grid: Tensor) -> list[Tensor]:
-    """Occurrences inside a composite first factor, for every position k of the factors after it."""
-    return [found for k in range(grid.shape[2]) for found in _positions(first, space, grid[:, :, k])]
+    inside = {name: unit.repeat_interleave(first.size) for name, unit in blocks.items()}
+    if isinstance(first, Atom):
+        inside[first.space] = torch.arange(first.size).repeat(where.shape[0])
+    in_first = [f for k in range(rest.size) for f in _positions(first, space, grid[:, :, k], blocks)]
+    return in_first + _positions(rest, space, grid.flatten(0, 1), inside)

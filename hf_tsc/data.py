@@ -251,3 +251,70 @@ def _apportion(sizes: np.ndarray, total: int) -> np.ndarray:
         else:
             shares[np.argmax(np.where(shares > 1, shares - quota, -np.inf))] -= 1
     return shares
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """One split of a dataset whose columns are known.
+
+    Attributes:
+        name: how the user named it.
+        rows: the split.
+        image_column, label_column: `label_column` is None for unlabelled data.
+    """
+
+    name: str
+    rows: Dataset
+    image_column: str
+    label_column: str | None
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 (n,), or None.
+
+        Raises:
+            UsageError: a row has no label.
+        """
+        if self.label_column is None:
+            return None
+        values = self.rows[self.label_column][:]
+        if any(value is None for value in values):
+            raise UsageError(f"Column {self.label_column!r} of {self.name} has rows without a label; remove them.")
+        return np.asarray(values, dtype=np.int64)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of a `ClassLabel` column; None for plain integers or unlabelled data."""
+        feature = self.rows.features[self.label_column] if self.label_column else None
+        return feature.names if isinstance(feature, ClassLabel) else None
+
+    def describe(self) -> dict[str, str | int | None]:
+        """What identifies the rows, for a report: never the place of a local folder."""
+        return {
+            "name": Path(self.name).name if Path(self.name).exists() else self.name,
+            "split": str(self.rows.split) if self.rows.split else None,
+            "fingerprint": self.rows._fingerprint,
+            "rows": len(self.rows),
+            "image_column": self.image_column,
+            "label_column": self.label_column,
+        }
+
+
+def open_images(
+    dataset: str | Dataset,
+    *,
+    config_name: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> ImageData:
+    """Load a dataset, unless it is one already, and find its columns; see `load_images` and `find_columns`."""
+    if isinstance(dataset, str):
+        rows, name = load_images(dataset, config_name=config_name, split=split, revision=revision), dataset
+    else:
+        rows, name = dataset, dataset.info.dataset_name or "dataset"
+    if len(rows) == 0:
+        raise UsageError(f"{name} has no rows: expected images.")
+    image, label = find_columns(rows.features, image_column=image_column, label_column=label_column)
+    return ImageData(name, rows, image, label)

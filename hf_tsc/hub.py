@@ -1,7 +1,7 @@
 """Suspect means hostile: get a model's files without running or trusting any.
 
-The order is always the same: pin one commit, fetch only the files that are read, compare their checksums with the Hub's,
-look at every declaration that could make `transformers` read something else, then load float32 weights from the folder.
+Always in this order: pin one commit, fetch only the files that are read, compare their checksums with the Hub's,
+refuse every declaration that makes `transformers` read something else, load float32 weights from the folder.
 """
 
 import hashlib
@@ -17,21 +17,12 @@ from time import sleep
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import httpx, parse_ratelimit_headers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+from transformers import PreTrainedModel as Model
 from transformers.utils import logging as transformers_logging
 
 from .errors import HfTscError, UsageError
@@ -39,18 +30,17 @@ from .errors import HfTscError, UsageError
 T = TypeVar("T")
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
-_PATTERNS = ("*.json", "*.safetensors", "*.txt", "README.md")
-_RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds
-_LONGEST_WAIT = 300.0  # seconds; the Hub's own rate-limit window
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "README.md"]
+_RETRY_WAITS = (1.0, 2.0, 4.0)  # seconds
+_LONGEST_WAIT = 300.0  # seconds; the window of the Hub's own rate limit
 _FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PROCESSOR_NAME = re.compile(r"\w+(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
 
-# What a configuration must not hold, at any depth: each makes transformers or timm run, patch or read something that
-# the checks below have not seen. `attn_implementation` is not here because `load_model` overrides it.
+# What a configuration must not hold, at any depth: it would make transformers or timm run, patch or read what the
+# checks below have not seen. `attn_implementation` is not here because `load_model` overrides it.
 _FORBIDDEN_KEYS = {
     "auto_map": "it names Python code of the repo, which is never run; use a model that transformers itself defines",
-    "transformers_weights": "it makes another file than model.safetensors the weights; delete the key",
+    "transformers_weights": f"it makes another file than {_WEIGHTS} the weights; delete the key",
     "configuration_files": "it makes another file than config.json the configuration; delete the key",
     "quantization_config": "purification needs floating-point weights; give the model before quantisation",
     "fusion_config": "it patches the model's layers while loading; delete the key",
@@ -59,14 +49,22 @@ _FORBIDDEN_KEYS = {
     "checkpoint_path": "it makes timm unpickle a file; delete the key",
 }
 
+# The client's error -> what to tell the user; a subclass stands before its base.
+_ADVICE: dict[type[Exception], str] = {
+    hub_errors.HFValidationError: "this is not a repo id (`owner/name`)",
+    hub_errors.GatedRepoError: "it is gated; accept its terms on the Hub, then give a token",
+    hub_errors.RepositoryNotFoundError: "there is no such repo, or it is private (then give a token)",
+    hub_errors.RevisionNotFoundError: "there is no such revision; give a branch, a tag or a commit of it",
+}
+
 
 @dataclass(frozen=True)
 class Source:
     """Where a model's files are, and what identifies them.
 
     Attributes:
-        path: the folder with the files (inside the Hub's cache for a repo).
-        repo_id: `name` or `owner/name` on the Hub, None for a local folder.
+        path: the folder with the files; inside the Hub's cache for a repo.
+        repo_id: id on the Hub, None for a local folder.
         revision: the commit that was fetched, 40 hexadecimal digits, None for a local folder.
         file_hashes: file name -> sha256 (hexadecimal) of each safetensors file.
     """
@@ -87,134 +85,120 @@ def resolve_model(
 ) -> Source:
     """Get and check the files of a model; nothing is loaded.
 
-    `./x`, `../x`, `/x` and `~/x` are folders; anything else is a repo id, even when a folder of that name exists, so that
-    a folder cannot stand in for a repo by accident (`transformers` prefers the folder).
+    `./x`, `../x`, `/x` and `~/x` are folders, anything else is a repo id, even when a folder has that name (which
+    `transformers` would prefer): a folder never stands in for a repo by accident.
 
     Args:
         model: repo id or folder.
         revision: branch, tag or commit of the repo; None is its default branch.
         local: `model` is a folder, however it is spelled.
         token: sent to the Hub; False sends none, None or True the saved one.
-        cache_dir: the Hub cache to use; None is the default one.
+        cache_dir: the Hub cache; None is the default one.
 
     Raises:
-        UsageError: there is no such folder, repo or revision, or its files are refused by `check_folder`.
-        HfTscError: the Hub did not answer, or what was fetched is not what the Hub lists.
+        UsageError: no such folder, repo or revision, or `check_folder` refuses the files.
+        HfTscError: the Hub did not answer, or the files are not those that it lists.
     """
-    if local or model in {".", "..", "~"} or model.startswith(("./", "../", "/", "~/")):
-        if revision is not None:
-            raise UsageError(
-                f"revision={revision!r} was given with the folder {model}: only Hub repos have revisions."
-            )
-        path, repo_id, sha = Path(model).expanduser(), None, None
-    else:
+    path, repo_id, sha = Path(model).expanduser(), None, None
+    if not (local or model in {".", "..", "~"} or model.startswith(("./", "../", "/", "~/"))):
         repo_id = model
-        path, sha = _fetch_repo(model, revision=revision, token=token, cache_dir=cache_dir)
+        path, sha = _fetch(model, revision, token, cache_dir)
+    elif revision is not None:
+        raise UsageError(f"revision={revision!r} was given with the folder {model}: only Hub repos have revisions.")
     check_folder(path)
     return Source(path, repo_id, sha, {file.name: _sha256(file) for file in sorted(path.glob("*.safetensors"))})
 
 
-def _fetch_repo(
-    repo_id: str, *, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
+def _fetch(
+    repo_id: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
 ) -> tuple[Path, str]:
-    """Download the files that are read, at one commit, and verify them; returns (folder, commit).
-
-    `model_info` rather than `resolve_revision`, which answers from the cache when the Hub is down. Subfolders are left
-    out because nothing is ever loaded from them.
-    """
+    """The folder with the verified files of one commit, and the commit; nothing reads subfolders, so none is got."""
     api = HfApi(token=token)
-    sha = _ask_hub(repo_id, "look up the commit", lambda: api.model_info(repo_id, revision=revision).sha, revision)
-    assert sha is not None, "the Hub's answer to a repo look-up holds the commit"
+    # Not `resolve_revision`, which answers from the cache when the Hub is down.
+    at = f" at revision {revision}" if revision else ""
+    sha = _ask_hub(f"find {repo_id}{at}", repo_id, lambda: str(api.model_info(repo_id, revision=revision).sha))
 
     def download() -> str:
         return snapshot_download(
             repo_id,
             revision=sha,
-            allow_patterns=list(_PATTERNS),
+            allow_patterns=_PATTERNS,
             ignore_patterns=["*/*"],
             token=token,
             cache_dir=cache_dir,
         )
 
-    path = Path(_ask_hub(repo_id, "download the files", download, revision))
-    # Always asks the Hub, so a snapshot that `snapshot_download` took from the cache does not pass unseen.
+    path = Path(_ask_hub(f"download {repo_id}", repo_id, download))
+    # Lists the files anew, so that what `snapshot_download` took from the cache does not pass unseen.
     found = _ask_hub(
+        f"verify {repo_id}",
         repo_id,
-        "list the checksums",
         lambda: api.verify_repo_checksums(repo_id, revision=sha, cache_dir=cache_dir),
-        revision,
     )
     missing = [name for name in found.missing_paths if "/" not in name and any(fnmatch(name, p) for p in _PATTERNS)]
     wrong = [mismatch["path"] for mismatch in found.mismatches] + missing + found.extra_paths
     if wrong:
         raise HfTscError(
             f"{_some(wrong)} of {repo_id} differ from what the Hub lists for commit {sha}: a damaged download or a"
-            f" changed cache. Delete {path.parent.parent} and try again."
+            f" changed cache. Delete {path.parents[1]} and try again."
         )
     return path, sha
 
 
-def _ask_hub(repo_id: str, what: str, call: Callable[[], T], revision: str | None) -> T:
-    """Do one step against the Hub, waiting and asking again while the failure may pass (408, 429, 5xx, transport)."""
+def _ask_hub(what: str, repo_id: str, call: Callable[[], T]) -> T:
+    """Do one step against the Hub; while its failure may pass (408, 429, 5xx, transport), wait and ask again."""
     for wait in (*_RETRY_WAITS, None):
         try:
             return call()
-        except HFValidationError as error:
-            raise UsageError(f"{repo_id!r} is neither a repo id (`owner/name`){_folder_hint(repo_id)}.") from error
-        except (HfHubHTTPError, httpx.TransportError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            # The client wraps what really happened when there is nothing in its cache to fall back on.
-            cause = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
+        except (
+            hub_errors.HfHubHTTPError,
+            hub_errors.HFValidationError,
+            hub_errors.LocalEntryNotFoundError,
+            hub_errors.OfflineModeIsEnabled,
+            httpx.TransportError,
+        ) as error:
+            # With nothing in its cache to fall back on, the client wraps what really happened.
+            wrapped = isinstance(error, hub_errors.LocalEntryNotFoundError)
+            cause = error.__cause__ or error if wrapped else error
             asked = _seconds_asked(cause)
             if wait is None or asked is None or asked > _LONGEST_WAIT:
-                raise _hub_error(repo_id, what, cause, revision, asked) from error
+                raise _hub_error(what, repo_id, cause) from error
             sleep(max(wait, asked))
     raise AssertionError("the last round returns or raises")
 
 
 def _seconds_asked(error: BaseException) -> float | None:
-    """How long the Hub asks us to wait before asking again: 0 if it does not say, None if asking again is no use."""
-    if isinstance(error, httpx.TransportError):
-        return 0.0
-    if not isinstance(error, HfHubHTTPError):
+    """How long the Hub asks us to wait: 0 if it does not say, None if asking again is of no use."""
+    if not isinstance(error, hub_errors.HfHubHTTPError):
+        return 0.0 if isinstance(error, httpx.TransportError) else None
+    if error.response.status_code not in {408, 429} and error.response.status_code < 500:
         return None
-    status, headers = error.response.status_code, error.response.headers
-    if status not in {408, 429} and status < 500:
-        return None
-    limit = parse_ratelimit_headers(headers)
-    retry_after = headers.get("Retry-After", "")  # the Hub gives seconds; a date counts as "does not say"
+    limit = parse_ratelimit_headers(error.response.headers)
+    retry_after = error.response.headers.get("Retry-After", "")  # the Hub gives seconds; a date says nothing here
     return max(float(retry_after) if retry_after.isdigit() else 0.0, limit.reset_in_seconds if limit else 0.0)
 
 
-def _hub_error(repo_id: str, what: str, cause: BaseException, revision: str | None, asked: float | None) -> HfTscError:
-    """The error of this package for the client's `cause`, in one line."""
-    if isinstance(cause, GatedRepoError):
-        return UsageError(f"{repo_id} is gated: accept its terms on the Hub, then give a token.")
-    if isinstance(cause, RepositoryNotFoundError):
-        return UsageError(f"{repo_id} is not on the Hub, or private (then give a token){_folder_hint(repo_id)}.")
-    if isinstance(cause, RevisionNotFoundError):
-        return UsageError(
-            f"revision={revision!r} does not exist in {repo_id}: give a branch, a tag or a commit of it."
-        )
-    if isinstance(cause, HfHubHTTPError) and cause.response.status_code in {401, 403}:
-        return UsageError(f"The Hub refused to {what} of {repo_id}: give a token that may read it.")
-    if isinstance(cause, HfHubHTTPError):
-        reason = f"it answered {cause.response.status_code}"
-        reason += f" and asks to wait {asked:.0f} s" if asked else ""
+def _hub_error(what: str, repo_id: str, cause: BaseException) -> HfTscError:
+    """The error of this package, in one line, for the client's `cause`."""
+    hint = f"; for the folder of that name write `./{repo_id}` or add `--local`" if Path(repo_id).is_dir() else ""
+    for kind, advice in _ADVICE.items():
+        if isinstance(cause, kind):
+            return UsageError(f"Could not {what}: {advice}{hint}.")
+    if isinstance(cause, hub_errors.HfHubHTTPError):
+        if cause.response.status_code in {401, 403}:
+            return UsageError(f"Could not {what}: the Hub refuses it; give a token that may read it.")
+        waits = f" and asks to wait {asked:.0f} s" if (asked := _seconds_asked(cause)) else ""
+        reason = f"the Hub answered {cause.response.status_code}{waits}"
     else:
-        reason = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}"
-    return HfTscError(f"Could not {what} of {repo_id} on the Hub: {reason}. No cached copy was used; try again later.")
-
-
-def _folder_hint(model: str) -> str:
-    """What to add to "no such repo" when a folder has the name that was given."""
-    return f"; for the folder of that name write `./{model}` or add `--local`" if Path(model).is_dir() else ""
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+    return HfTscError(f"Could not {what}: {reason}. No cached copy was used; try again later.")
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder that could make a loader read, run or fetch anything but its own configuration and weights.
+    """Refuse a folder that makes a loader read, run or fetch anything but its own configuration and weights.
 
     Raises:
-        UsageError: one line that names the file or key and what to do.
+        UsageError: one line that names the file or key, and what to do.
     """
     if not path.is_dir():
         raise UsageError(f"The folder {path} does not exist: give a folder with config.json and {_WEIGHTS}.")
@@ -224,22 +208,16 @@ def check_folder(path: Path) -> None:
         raise UsageError(f"{path} has an adapter_config.json, which can name another model: merge the adapter first.")
     if any(path.glob("shard-*-model-*.safetensors")):
         raise UsageError(f"{path} has a distributed checkpoint (shard-*-model-*): save it again as {_WEIGHTS}.")
-    for name in _CONFIGS:
-        if (path / name).is_file():
-            _check_config(path / name)
+    for file in (path / name for name in ("config.json", *_PROCESSORS)):
+        for key, value in _items(_read_object(file)) if file.is_file() else ():
+            if key in _FORBIDDEN_KEYS:
+                raise UsageError(f"{file} has the key `{key}`: {_FORBIDDEN_KEYS[key]}.")
+            if key == "architecture" and ":" in str(value):  # timm: `hf-hub:owner/name`, `local-dir:folder`
+                raise UsageError(
+                    f"{file} has `architecture` {value!r}, which names another model: give a plain timm name."
+                )
     for name in _weight_names(path):
         _check_weights(path, name)
-
-
-def _check_config(file: Path) -> None:
-    """Refuse a configuration that is no JSON object or declares one of `_FORBIDDEN_KEYS`, however deep."""
-    for key, value in _items(_read_object(file)):
-        if key in _FORBIDDEN_KEYS:
-            raise UsageError(f"{file} has the key `{key}`: {_FORBIDDEN_KEYS[key]}.")
-        if key == "architecture" and ":" in str(value):  # timm: `hf-hub:owner/name`, `local-dir:folder`
-            raise UsageError(
-                f"{file} has `architecture` {value!r}, which names another model: give a plain timm name."
-            )
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -254,16 +232,17 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every (key, value) of a JSON value, at any depth."""
+    """Every (key, value) in a JSON value, at any depth."""
     if isinstance(value, dict):
         yield from value.items()
-    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        value = list(value.values())
+    for child in value if isinstance(value, list) else ():
         yield from _items(child)
 
 
 def _weight_names(path: Path) -> list[str]:
-    """The safetensors files that `from_pretrained` reads: `model.safetensors`, else the shards that the index names."""
-    if (path / _WEIGHTS).exists():
+    """The files that `from_pretrained` takes weights from: model.safetensors, else those that the index names."""
+    if (path / _WEIGHTS).is_file():
         return [_WEIGHTS]
     if not (path / _INDEX).is_file():
         raise UsageError(
@@ -282,19 +261,16 @@ def _check_weights(path: Path, name: str) -> None:
         raise UsageError(f"{_INDEX} names {name!r}: expected plain names of .safetensors files in {path}.")
     if not (path / name).is_file():
         raise UsageError(f"{_INDEX} names {name}, which is not in {path}: get the missing file.")
-    folder = path.resolve()
+    folder, target = path.resolve(), (path / name).resolve()
     homes = {folder, folder.parents[1] / "blobs"} if folder.parent.name == "snapshots" else {folder}
-    target = (path / name).resolve()
     if target.parent not in homes:
         raise UsageError(f"{path / name} is a link to {target}, outside the folder: put the file itself there.")
 
 
-def load_model(
-    source: Source, *, auto_class: Any, dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, torch.dtype]:
-    """Load a checked folder, in eval mode, only if every tensor of model and files corresponds and is finite.
+def load_model(source: Source, *, auto_class: Any, dtype: torch.dtype = torch.float32) -> tuple[Model, torch.dtype]:
+    """Load a checked folder, in eval mode, if every tensor of model and files corresponds and is finite.
 
-    Nothing but the folder is read, so `transformers` never asks the Hub to convert weights.
+    Nothing but the folder is read; that is also why `transformers` never asks the Hub to convert the weights.
 
     Args:
         source: what `resolve_model` returned.
@@ -305,50 +281,47 @@ def load_model(
         The model, and the dtype in which most floating-point tensors of the files are stored.
 
     Raises:
-        UsageError: not a model of `auto_class`, keys missing, unexpected or of another shape, NaN or infinity.
+        UsageError: no model of `auto_class`; keys missing, unexpected or of another shape; NaN or infinity.
     """
     with _quiet():
         config = _read_config(source.path, auto_class)
         stored_dtype = _stored_dtype(source.path)
+        classes = auto_class._model_mapping[type(config)]
+        classes = classes if isinstance(classes, tuple | list) else (classes,)
         model, info = auto_class.from_pretrained(
             source.path,
             config=config,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            attn_implementation=_attention(auto_class, config),
+            # Overrides what the configuration asks for, at any depth: it could name a kernel on the Hub.
+            attn_implementation="sdpa" if all(cls._supports_sdpa for cls in classes) else "eager",
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported in `info` instead of raised, and refused below
         )
-    _check_loading_info(source, info)
+    wrong = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in info.items() if keys)
+    if wrong:
+        raise UsageError(f"The weights of {source.path} do not fit its config.json ({wrong}): give a complete model.")
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UsageError(f"`{name}` of {source.path} holds NaN or infinity: this model cannot be purified.")
     model.config.name_or_path = source.repo_id or ""  # not the local path: it would reach model cards
     return model, stored_dtype
 
 
 def _read_config(path: Path, auto_class: Any) -> PreTrainedConfig:
-    """The configuration, if it is of a model that `auto_class` can load."""
-    image_classifier = auto_class is transformers.AutoModelForImageClassification
-    expected = "an image classifier such as vit, swin or resnet" if image_classifier else f"an {auto_class.__name__}"
+    """The configuration, if it is one of a model that `auto_class` can load."""
+    kind = "image classifier" if auto_class is AutoModelForImageClassification else auto_class.__name__
     model_type = _read_object(path / "config.json").get("model_type")
+    problem = f"{path / 'config.json'} has model type {model_type!r}: expected an {kind} that transformers defines"
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path} has model type {model_type!r}; expected {expected}. {reason[:200]}") from error
+    except (ValueError, TypeError, AttributeError, hub_errors.StrictDataclassError) as error:
+        raise UsageError(f"{problem}. {' '.join(str(error).split())[:200]}") from error
     if type(config) not in auto_class._model_mapping:
-        raise UsageError(f"{path} has model type {model_type!r}; expected {expected}.")
+        raise UsageError(f"{problem}.")
     return config
-
-
-def _attention(auto_class: Any, config: PreTrainedConfig) -> str:
-    """`sdpa` where the architecture has it; given at load it overrides what the configuration asks for, at any depth."""
-    classes = auto_class._model_mapping[type(config)]
-    classes = classes if isinstance(classes, tuple | list) else (classes,)
-    return "sdpa" if all(model_class._supports_sdpa for model_class in classes) else "eager"
 
 
 def _stored_dtype(path: Path) -> torch.dtype:
@@ -360,23 +333,10 @@ def _stored_dtype(path: Path) -> torch.dtype:
                 count.update(file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
         except SafetensorError as error:
             raise UsageError(f"{path / name} is not a safetensors file ({error}): get it again.") from error
-    floating = [dtype for dtype, _ in count.most_common() if dtype in _FLOAT_DTYPES]
-    if not floating:
-        raise UsageError(f"{path} stores {_some(count)}: expected one of {', '.join(_FLOAT_DTYPES)}.")
-    return _FLOAT_DTYPES[floating[0]]
-
-
-def _check_loading_info(source: Source, info: dict[str, Any]) -> None:
-    """Refuse weights that do not fit the configuration exactly: what is missing would be random."""
-    found = {
-        "missing": info["missing_keys"],
-        "unexpected": info["unexpected_keys"],
-        "of another shape": [key for key, *_ in info["mismatched_keys"]],
-        "in error": info["error_msgs"],
-    }
-    wrong = "; ".join(f"{words}: {_some(keys)}" for words, keys in found.items() if keys)
-    if wrong:
-        raise UsageError(f"The weights of {source.path} do not fit its config.json ({wrong}): give a complete model.")
+    for dtype, _ in count.most_common():
+        if dtype in _FLOAT_DTYPES:
+            return _FLOAT_DTYPES[dtype]
+    raise UsageError(f"{path} stores {_some(count) or 'nothing'}: expected one of {', '.join(_FLOAT_DTYPES)}.")
 
 
 def load_image_processor(source: Source) -> Any:
@@ -385,17 +345,19 @@ def load_image_processor(source: Source) -> Any:
     Raises:
         UsageError: the folder has none, or one that `transformers` does not define.
     """
-    files = [source.path / name for name in _CONFIGS[1:] if (source.path / name).is_file()]
+    files = [source.path / name for name in _PROCESSORS if (source.path / name).is_file()]
     for key, value in (item for file in files for item in _items(_read_object(file))):
-        if key in {"image_processor_type", "feature_extractor_type"} and not _PROCESSOR_NAME.fullmatch(str(value)):
+        # `AutoImageProcessor` would call `from_pretrained` of any class in transformers that is named here.
+        if key in {"image_processor_type", "feature_extractor_type"} and not re.fullmatch(
+            r"\w+(ImageProcessor(Fast|Pil)?|FeatureExtractor)", str(value)
+        ):
             raise UsageError(f"{source.path} has `{key}` {value!r}: expected the name of an image processor.")
     try:
         with _quiet():
             return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{source.path} has no image processor that transformers knows: add the preprocessor_config.json of the"
-            " model it was trained from."
+            f"{source.path} has no image processor that transformers knows: add a preprocessor_config.json."
         ) from error
 
 
@@ -416,7 +378,7 @@ def _quiet() -> Iterator[None]:
 
 def _some(names: Any) -> str:
     """Up to three names, sorted, and how many more there are."""
-    names = sorted(map(str, names))
+    names = sorted(str(name[0]) if isinstance(name, tuple) else str(name) for name in names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

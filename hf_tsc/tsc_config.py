@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
 from hf_tsc.activations import MATCHING_METHODS
+from hf_tsc.batch_norm import batch_norm_buffers
 from hf_tsc.errors import UsageError
 from hf_tsc.images import AUGMENTATIONS
 from hf_tsc.permutation import KINDS
@@ -37,6 +39,29 @@ PAPER_PRESET: dict[str, Any] = {
     "max_grad_norm": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER_PRESET}
+
+# Defaults by family, on top of those of TSCConfig: with BatchNorm layers (ResNet, ...), and without (transformers).
+# Measured by `hf-tsc demo`; see the table in README.md.
+BATCH_NORM_DEFAULTS: dict[str, Any] = {
+    "stages": 1,
+    "curve1_t": 0.5,
+    "curve1_window": [0.4, 0.6],
+    "objective": "distillation",
+    "mixup_alpha": 1.0,
+    "optim": "sgd",
+    "optim_args": "momentum=0.9",
+    "learning_rate": 0.1,
+}
+TRANSFORMER_DEFAULTS: dict[str, Any] = {
+    "stages": 2,
+    "curve1_t": 0.5,
+    "curve2_t": 0.4,
+    "objective": "cross_entropy",
+    "move_spaces": ["hidden", "qk", "vo"],
+    "optim": "adamw_torch",
+    "optim_args": None,
+    "learning_rate": 3e-3,
+}
 
 
 @dataclass
@@ -131,6 +156,12 @@ class TSCConfig(TrainingArguments):
         if name not in PRESETS:
             raise UsageError(f"preset={name!r}: expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def for_model(cls, model: nn.Module, **overrides: Any) -> TSCConfig:
+        """The defaults for a model's family, with some fields changed."""
+        family = BATCH_NORM_DEFAULTS if batch_norm_buffers(model) else TRANSFORMER_DEFAULTS
+        return cls(**{**family, **overrides})
 
     def _check(self) -> None:
         for name in ("curve1_t", "curve2_t"):

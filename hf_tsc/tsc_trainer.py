@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_tsc.activations import Batch, collect_statistics
 from hf_tsc.batch_norm import recompute_statistics
@@ -31,7 +31,8 @@ from hf_tsc.derive import derive_spec, example_inputs, verify
 from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
 from hf_tsc.images import ImagePipeline, collate
 from hf_tsc.matching import match
-from hf_tsc.objectives import ImageClassification, Objective
+from hf_tsc.objective_trainer import ObjectiveTrainer
+from hf_tsc.objectives import Forward, ImageClassification, Objective
 from hf_tsc.permutation import Params, PermutationSpec, apply, moved_fraction
 from hf_tsc.tsc_config import TSCConfig
 
@@ -43,6 +44,7 @@ class CurvePoint:
     t: float
     loss: float
     score: float
+    monitors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class CurveResult:
         return cls(**{**record, "sweep": [CurvePoint(**point) for point in record["sweep"]]})
 
 
-class TSCTrainer(Trainer):
+class TSCTrainer(ObjectiveTrainer):
     """Purifies a model on a small clean data set.
 
     Args:
@@ -75,17 +77,16 @@ class TSCTrainer(Trainer):
         eval_dataset: the held-out part of the clean data, same items: sweeps and `max_accuracy_drop` use it.
         processing_class: the model's image processor.
         objective: what the curves are trained for; by default classification, as `args` say.
+        monitors: further measures of each point of a sweep, by name: a function of the point's forward. They are recorded
+            and plotted, and never looked at when a point is chosen (an attack success rate belongs here).
         spec: the model's permutation spec; derived from the model when not given. It is verified in any case.
-        data_collator, callbacks: as in `Trainer`.
+        callbacks: as in `Trainer`.
 
     Raises:
         UsageError: an empty data set, too few images for a step.
         PurificationError: the spec does not verify; a loss or a weight is not finite.
         AccuracyBudgetError: no point of the last curve is within `max_accuracy_drop`.
     """
-
-    # the loss is the mean of one batch: without this the Trainer would not divide it by the accumulation steps
-    loss_is_scaled_for_ga = False
 
     def __init__(
         self,
@@ -96,31 +97,31 @@ class TSCTrainer(Trainer):
         eval_dataset: Dataset,
         processing_class: Any,
         objective: Objective | None = None,
+        monitors: Mapping[str, Callable[[Forward], float]] | None = None,
         spec: PermutationSpec | None = None,
-        data_collator: Any = collate,
         callbacks: list[TrainerCallback] | None = None,
     ):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if len(dataset) == 0:  # type: ignore[arg-type]
                 raise UsageError(f"{name} is empty: give more clean images")
+        score_name = "accuracy" if "labels" in eval_dataset[0] else "agreement"
         inputs = example_inputs(model)
         self.spec = spec if spec is not None else derive_spec(model, inputs)
         self.verification = verify(model, self.spec, inputs)
         self.suspect = copy.deepcopy(model).eval().requires_grad_(False)
         super().__init__(
+            objective=objective or _default_objective(args, processing_class, self.suspect, score_name),
             model=CurveModel(model),
             args=args,
-            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=[_SegmentCallback(self), *(callbacks or [])],
         )
         self.suspect.to(args.device)
-        self.objective = objective if objective is not None else _default_objective(args, processing_class, self.suspect)
         self.segment_steps = self._segment_steps()
         self.args.max_steps = self.segment_steps * args.stages * args.rounds
-        self._micro_batch = 0
+        self.monitors = dict(monitors or {})
         self._moved = 0.0
         self._baseline: dict[str, float] | None = None
 
@@ -245,11 +246,13 @@ class TSCTrainer(Trainer):
 
     def measure(self, tensors: Params) -> dict[str, float]:
         """`loss` and `score` of a point on the held-out images."""
+        return self.objective.evaluate(self._forward_at(tensors), self._loader(self.eval_dataset))
 
+    def _forward_at(self, tensors: Params) -> Forward:
         def forward(**inputs: Tensor) -> Any:
             return torch.func.functional_call(self.suspect, tensors, kwargs=inputs)
 
-        return self.objective.evaluate(forward, self._loader(self.eval_dataset))
+        return forward
 
     @property
     def baseline(self) -> dict[str, float]:
@@ -261,10 +264,12 @@ class TSCTrainer(Trainer):
     def _sweep(self) -> list[CurvePoint]:
         sweep = []
         for t in np.linspace(0, 1, self.args.sweep_points).tolist():
-            measured = self.measure(self.point(t))
+            point = self.point(t)
+            measured = self.measure(point)
             if not math.isfinite(measured["loss"]):
                 raise PurificationError(f"the loss at t={t:.2f} is not finite; lower learning_rate={self.args.learning_rate}")
-            sweep.append(CurvePoint(round(t, 4), measured["loss"], measured["score"]))
+            monitored = {name: monitor(self._forward_at(point)) for name, monitor in self.monitors.items()}
+            sweep.append(CurvePoint(round(t, 4), measured["loss"], measured["score"], monitored))
         return sweep
 
     def _choose_t(self, sweep: list[CurvePoint], stage: int, *, last: bool) -> float:
@@ -292,18 +297,12 @@ class TSCTrainer(Trainer):
 
     # --- the Trainer's methods that have to differ ------------------------------------------------------------------------
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Counts the micro-batches of a step, so that each gets its own seed."""
-        loss = super().training_step(*args, **kwargs)
-        self._micro_batch += 1
-        return loss
-
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The objective's loss at a random t, the same t for all processes and micro-batches of a step."""
-        step = self.state.global_step
-        self.curve.t = self._draw_t(step)
-        sequence = np.random.SeedSequence([self.args.seed, step, self._micro_batch, self.args.process_index])
-        return self.objective.loss(model, inputs, seed=int(sequence.generate_state(1)[0]))
+        self.curve.t = self._draw_t(self.state.global_step)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _draw_t(self, step: int) -> float:
         """t ~ U(window), a function of seed and step."""
@@ -329,14 +328,6 @@ class TSCTrainer(Trainer):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Stops when the loss is not finite."""
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise PurificationError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate={self.args.learning_rate}"
-            )
-        super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and score of the point that would be taken now, on the held-out images."""
@@ -368,9 +359,6 @@ class _SegmentCallback(TrainerCallback):
         if state.global_step == 0:
             self.trainer.begin()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._micro_batch = 0
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.trainer.segment_steps == 0:
             self.trainer.finish_segment()
@@ -383,11 +371,12 @@ def _cosine(progress: float) -> float:
 _SCHEDULES = {"cosine": _cosine, "linear": lambda progress: 1 - progress, "constant": lambda progress: 1.0}
 
 
-def _default_objective(args: TSCConfig, processor: Any, suspect: nn.Module) -> ImageClassification:
+def _default_objective(args: TSCConfig, processor: Any, suspect: nn.Module, score_name: str) -> ImageClassification:
     return ImageClassification(
         ImagePipeline(processor),
         augmentation=args.augmentation,
         teacher=suspect if args.objective == "distillation" else None,
         temperature=args.temperature,
         mixup_alpha=args.mixup_alpha,
+        score_name=score_name,
     )

@@ -28,12 +28,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Use:
-    """A linear map reads (`side` input) or makes (output) the axis `dim` of a graph node's tensor."""
+    """The linear map `call` reads (`side` input) or makes (output) the axis `dim` of a graph node's tensor."""
 
     node: GraphNode
     weight: GraphNode
     side: str
     dim: int
+    call: GraphNode
 
 
 @dataclass
@@ -132,7 +133,7 @@ def linear(trace: Trace, node: GraphNode) -> list[Tree]:
     unify(x.axes[-1], weight.axes[1])
     if bias is not None:
         unify(weight.axes[0], trace.value(bias).axes[0])
-    trace.uses += [Use(x_node, w_node, "input", -1), Use(node, w_node, "output", -1)]  # type: ignore[arg-type]
+    trace.uses += [Use(x_node, w_node, "input", -1, node), Use(node, w_node, "output", -1, node)]  # type: ignore[arg-type]
     return [*x.axes[:-1], weight.axes[0]]
 
 
@@ -143,9 +144,11 @@ def convolution(trace: Trace, node: GraphNode) -> list[Tree]:
     x, weight = trace.value(x_node), trace.value(w_node)
     for axis in weight.axes[2:]:
         freeze(axis, "kernel position")
+    for axis in x.axes[2:]:
+        freeze(axis, "spatial position")
     if groups == 1:
         unify(x.axes[1], weight.axes[1])
-        trace.uses.append(Use(x_node, w_node, "input", 1))  # type: ignore[arg-type]
+        trace.uses.append(Use(x_node, w_node, "input", 1, node))  # type: ignore[arg-type]
     elif groups == weight.shape[0] == x.shape[1]:
         unify(x.axes[1], weight.axes[0])
     else:
@@ -155,7 +158,7 @@ def convolution(trace: Trace, node: GraphNode) -> list[Tree]:
         unify(x.axes[1], Prod([group, weight.axes[1]]))
     if bias is not None:
         unify(weight.axes[0], trace.value(bias).axes[0])
-    trace.uses.append(Use(node, w_node, "output", 1))  # type: ignore[arg-type]
+    trace.uses.append(Use(node, w_node, "output", 1, node))  # type: ignore[arg-type]
     spatial = [frozen(size, "spatial position") for size in output_shape(node)[2:]]
     return [x.axes[0], weight.axes[0], *spatial]
 
@@ -205,32 +208,31 @@ def embedding(trace: Trace, node: GraphNode) -> list[Tree]:
 # --- normalisation ----------------------------------------------------------------------------------------------------
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training")
+@rule("batch_norm")
 def batch_norm(trace: Trace, node: GraphNode) -> list[Tree]:
     x, *others = trace.operands(node)
-    for other in others:
-        unify(x.axes[1], other.axes[0])
-    return x.axes
+    return [x.axes[0], *_scaled(x.axes[1:2], others), *x.axes[2:]]
 
 
 @rule("layer_norm", "rms_norm")
 def layer_norm(trace: Trace, node: GraphNode) -> list[Tree]:
     x, *others = trace.operands(node)
-    for other in others:
-        for dim in range(-len(other.axes), 0):
-            unify(x.axes[dim], other.axes[dim])
-    return x.axes
+    return _scaled(x.axes, others)
+
+
+def _scaled(axes: Sequence[Tree], others: Sequence[Value]) -> list[Tree]:
+    """The axes of a tensor that scales, shifts or statistics act on: an expanded axis becomes theirs."""
+    return broadcast([Value(tuple(a.size for a in axes), list(axes)), *others], len(axes))
 
 
 @rule("group_norm")
 def group_norm(trace: Trace, node: GraphNode) -> list[Tree]:
     x, *others = trace.operands(node)
     groups = int(node.args[1])  # type: ignore[arg-type]
-    for other in others:
-        unify(x.axes[1], other.axes[0])
+    (channels,) = _scaled(x.axes[1:2], others)
     if 1 < groups < x.shape[1]:
-        factor(x.axes[1], [groups, x.shape[1] // groups])
-    return x.axes
+        factor(channels, [groups, x.shape[1] // groups])
+    return [x.axes[0], channels, *x.axes[2:]]
 
 
 # --- reductions and pooling -------------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ def _reduce(x: Value, dims: Any, shape: tuple[int, ...]) -> list[Tree]:
 
 
 @rule(
-    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool1d", "adaptive_avg_pool1d",
+    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "avg_pool1d", "adaptive_avg_pool1d",
     "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
 )  # fmt: skip
 def pooling(trace: Trace, node: GraphNode) -> list[Tree]:

@@ -69,7 +69,7 @@ def derive_spec(model: nn.Module, inputs: Mapping[str, Tensor]) -> PermutationSp
         PurificationError: the model's graph cannot be exported.
     """
     program = _export(model, inputs)
-    trace, tensors = _propagate(program)
+    trace, tensors = _propagate(program, _first_names(model))
     return _SpecBuilder(model, program, trace, tensors).build()
 
 
@@ -83,16 +83,25 @@ def _export(model: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
         raise PurificationError(f"the graph of {type(model).__name__} cannot be exported, so its symmetries are unknown: {line}") from error
 
 
-def _propagate(program: ExportedProgram) -> tuple[Trace, dict[GraphNode, str]]:
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> the first name of that tensor: tied tensors are one."""
+    everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in everything}
+
+
+def _propagate(program: ExportedProgram, first_names: Mapping[str, str]) -> tuple[Trace, dict[GraphNode, str]]:
     """Run every rule once over the graph; returns the trace and the tensor name of each placeholder."""
     signature = program.graph_signature
+    values: dict[str, Any] = {}
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     trace, tensors = Trace(), {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             trace.values[node] = _placeholder(node, is_tensor=node.name in names, is_input=node.name in signature.user_inputs)
             if node.name in names:
-                tensors[node] = names[node.name].removeprefix("model.")
+                name = tensors[node] = first_names[names[node.name].removeprefix("model.")]
+                trace.values[node] = values.setdefault(name, trace.values[node])
         elif node.op == "call_function":
             trace.values[node] = _call(trace, node)
         elif node.op == "output":
@@ -140,8 +149,9 @@ class _SpecBuilder:
         for tree, role in trace.roles:
             for node in leaves(tree):
                 node.roles.add(role)
-        self.uses = [use for use in trace.uses if use.weight in tensors]
-        self._freeze_unread(program)
+        self.modules = dict(model.named_modules())
+        self.uses = [use for use in trace.uses if use.weight in tensors and self._is_layer(use)]
+        self._freeze_unread()
         self.parents = self._find_parents()
         self.names = self._name_spaces()
 
@@ -172,18 +182,24 @@ class _SpecBuilder:
         children = tuple(self._axis(child) for child in (tree.factors if isinstance(tree, Prod) else tree.parts))
         return Product(children) if isinstance(tree, Prod) else Concat(children)
 
-    def _freeze_unread(self, program: ExportedProgram) -> None:
-        """Freeze what the forward pass never uses, and what no linear map reads or makes: it could not be matched."""
-        for node, name in self.tensors.items():
-            if not node.users:
-                for tree in self.trees[name]:
-                    freeze(tree, "not used in the forward pass")
+    def _is_layer(self, use: Use) -> bool:
+        """Whether the linear map is the forward pass of a layer of its own, so that a hook sees it."""
+        return isinstance(self.modules[_calling_module(use)], nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+    def _freeze_unread(self) -> None:
+        """Freeze what the forward pass never uses, and what no linear layer reads or makes: it could not be matched."""
+        used = {name for node, name in self.tensors.items() if node.users}
+        for name in self.trees.keys() - used:
+            for tree in self.trees[name]:
+                freeze(tree, "not used in the forward pass")
         mapped = {leaf for use in self.uses for leaf in leaves(self.trace.value(use.node).axes[use.dim])}
         for trees in self.trees.values():
             for tree in trees:
                 for leaf in leaves(tree):
-                    if leaf not in mapped and leaf.reason is None:
-                        leaf.reason = "no linear map reads or makes it"
+                    if leaf.reason is None and leaf.size == 1:
+                        leaf.reason = "size 1"
+                    elif leaf.reason is None and leaf not in mapped:
+                        leaf.reason = "no linear layer reads or makes it"
 
     def _moving(self) -> dict[Node, list[tuple[str, int]]]:
         """Every node that may move, with the tensor axes it acts on."""
@@ -206,9 +222,10 @@ class _SpecBuilder:
             for one in value if isinstance(value, list) else [value]:
                 present = {leaf for axis in one.axes for leaf in leaves(axis)} if one is not None else set()
                 for inner in present & parents.keys():
-                    if parents[inner] not in present and one.from_input:
+                    if parents[inner] not in present:
                         del parents[inner]
-        return parents
+        # one level: what is nested in a nested space has one permutation for all blocks
+        return {inner: outer for inner, outer in parents.items() if outer not in parents}
 
     def _kind(self, node: Node) -> Kind:
         for role in ("heads", "qk", "vo", "residual"):
@@ -228,15 +245,15 @@ class _SpecBuilder:
 
     def _taps(self) -> list[Tap]:
         """Inputs of the linear maps that read a space, once per traced tensor; outputs of its makers where none reads it."""
-        modules = dict(self.model.named_modules())
         taps, seen, read = [], set(), set()
         for side in ("input", "output"):
             for use in self.uses:
-                module = self.tensors[use.weight].removesuffix(".weight")
+                module = _calling_module(use)
                 moving = {n for n in leaves(self.trace.value(use.node).axes[use.dim]) if n.reason is None}
-                if use.side != side or (use.node, use.dim) in seen or not moving - read or not _is_map(modules.get(module)):
+                places = {(use.node, use.dim), (module, side)}  # a layer that is called twice is one tap
+                if use.side != side or places & seen or not moving - read:
                     continue
-                seen.add((use.node, use.dim))
+                seen |= places
                 taps.append(self._tap(use, module))
             read |= {n for t in self.uses if t.side == side for n in leaves(self.trace.value(t.node).axes[t.dim])}
         return taps
@@ -246,8 +263,10 @@ class _SpecBuilder:
         return Tap(module, use.side, use.dim, axis)  # type: ignore[arg-type]
 
 
-def _is_map(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+def _calling_module(use: Use) -> str:
+    """The path of the innermost module whose forward pass calls the map (the wrapper's own name taken off)."""
+    path, _ = list(use.call.meta["nn_module_stack"].values())[-1]
+    return path.partition("@")[0].partition(".")[2]
 
 
 def _outer_factors(tree: Tree, outer: Node | None, found: dict[Node, Node | None]) -> None:

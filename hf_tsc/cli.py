@@ -1,0 +1,289 @@
+"""hf-tsc: purify, evaluate, spec, train-suspect and demo on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, HfArgumentParser, ViTImageProcessor
+
+from hf_tsc import __version__
+from hf_tsc.data import ImageData
+from hf_tsc.demo import DEMO_MODELS, run_demo
+from hf_tsc.derive import derive_spec, example_inputs, verify
+from hf_tsc.errors import HfTscError, UsageError
+from hf_tsc.evaluation import Attack, evaluate_model
+from hf_tsc.hub import load_image_processor, load_model, resolve_model
+from hf_tsc.images import ImagePipeline
+from hf_tsc.purify import DataArguments, purify
+from hf_tsc.report import REPORT_FILE, PurificationReport
+from hf_tsc.spec_text import describe_spec
+from hf_tsc.suspects import RECORD, SuspectConfig, train_suspect
+from hf_tsc.triggers import TRIGGERS, trigger_from_dict
+from hf_tsc.tsc_config import PRESETS, TSCConfig
+
+INTERRUPTED = 130
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model repo."})
+    local: bool = field(default=False, metadata={"help": "MODEL is a folder, however it is spelled."})
+    use_token: bool = field(default=False, metadata={"help": "Send the saved Hub token (private or gated repos)."})
+
+    @property
+    def token(self) -> bool:
+        return self.use_token
+
+
+@dataclass
+class AttackArguments:
+    """A known trigger, to measure with."""
+
+    trigger: str | None = field(
+        default=None, metadata={"help": f"{', '.join(TRIGGERS)}, or the {RECORD} that train-suspect wrote."}
+    )
+    target_label: int | None = field(default=None, metadata={"help": "The label that the trigger is meant to give."})
+
+    def attack(self) -> Attack | None:
+        """The attack, or None when no trigger is named."""
+        if self.trigger is None:
+            return None
+        record, target = {"name": self.trigger}, self.target_label
+        if self.trigger not in TRIGGERS:
+            record, recorded_target = _read_record(Path(self.trigger))
+            target = recorded_target if target is None else target
+        if target is None:
+            raise UsageError(f"--trigger {self.trigger} needs --target_label, the class that the trigger leads to")
+        return Attack(trigger_from_dict(record), target)
+
+
+def _read_record(file: Path) -> tuple[dict[str, Any], int | None]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return dict(content["trigger"]), content.get("target_label")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = ", ".join(TRIGGERS)
+        raise UsageError(f"--trigger {file}: expected one of {known}, or a {RECORD} with a trigger ({error})") from error
+
+
+@dataclass
+class PurifyArguments:
+    """What to purify with, and where the result goes."""
+
+    budget: str = field(default="5%", metadata={"help": "Clean images to use: a count, or a share such as 5%."})
+    held_out: float = field(default=0.2, metadata={"help": "Share of them kept from training, for measuring."})
+    test_split: str | None = field(default=None, metadata={"help": "Split to measure on before and after, too."})
+    preset: str = field(default="default", metadata={"help": "Hyper-parameters to start from.", "choices": list(PRESETS)})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of an interrupted run."})
+
+
+@dataclass
+class EvaluateArguments:
+    """How to print."""
+
+    json: bool = field(default=False, metadata={"help": "Print JSON."})
+
+
+@dataclass
+class SuspectArguments:
+    """What to train."""
+
+    poison_rate: float = field(default=0.1, metadata={"help": "Poisoned share of all training images; 0 for a clean model."})
+    image_size: int = field(default=32, metadata={"help": "Side of the images, where the configuration names none."})
+
+
+@dataclass
+class DemoArguments:
+    """The demonstration."""
+
+    output_dir: str = field(default="demo_output", metadata={"help": "Where models, cards and pictures go."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything."})
+    models: list[str] = field(
+        default_factory=lambda: list(DEMO_MODELS), metadata={"help": "Models to show.", "choices": list(DEMO_MODELS)}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 failure, 2 wrong input, 4 accuracy budget missed, 130 interrupted."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else UsageError.exit_code
+    if arguments[0] == "--version":
+        print(f"hf_tsc {__version__}")
+        return 0
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        print(f"hf-tsc: error: unknown command {arguments[0]!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return UsageError.exit_code
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        command(arguments[1:])
+    except HfTscError as error:
+        print(f"hf-tsc: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("hf-tsc: interrupted; checkpoints stay, go on with --resume", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:14} {(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
+    return "\n".join(
+        ["usage: hf-tsc COMMAND [options]", "", *lines, "", "hf-tsc COMMAND --help shows the options of a command."]
+    )
+
+
+def _parser(command: str, types: Sequence[type], *, positional: str | None = None, help: str = "") -> HfArgumentParser:
+    parser = HfArgumentParser(list(types), prog=f"hf-tsc {command}", allow_abbrev=False)  # type: ignore[arg-type]
+    if positional:
+        parser.add_argument(positional.lower(), metavar=positional, help=help)
+    return parser
+
+
+def _parse(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, ...]:
+    """Parsed dataclasses, and the positional argument last; what `TrainingArguments` refuses is a usage error."""
+    try:
+        return parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+
+
+def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """The options that stand on the command line, with their values."""
+    silent = argparse.Namespace()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser._defaults.clear()
+    parsed, _ = parser.parse_known_args(list(argv), namespace=silent)
+    return vars(parsed)
+
+
+def purify_command(argv: Sequence[str]) -> None:
+    """Purify an image classifier and write the result to a folder."""
+    types = (ModelArguments, DataArguments, PurifyArguments, AttackArguments, TSCConfig)
+    parser = _parser("purify", types, positional="MODEL", help="repo id on the Hub, or a folder (./x, /x)")
+    model_args, data_args, args, attack_args, config, rest = _parse(parser, argv)
+    given = _given(parser, argv)
+    if "output_dir" not in given:
+        raise UsageError("--output_dir is missing: name the folder for the purified model")
+    overrides = {k: v for k, v in given.items() if k in TSCConfig.__dataclass_fields__ and k != "output_dir"}
+    report = purify(
+        rest.model,
+        data_args.open(),
+        config.output_dir,
+        config=overrides if args.preset == "default" else TSCConfig.preset(args.preset, **overrides),
+        budget=args.budget,
+        held_out=args.held_out,
+        test=data_args.open(args.test_split) if args.test_split else None,
+        attack=attack_args.attack(),
+        revision=model_args.revision,
+        local=model_args.local,
+        token=model_args.token,
+        resume=args.resume,
+    )
+    print(report_table(report))
+    print(f"\nThe purified model, its card and {REPORT_FILE} are in {config.output_dir}")
+
+
+def report_table(report: PurificationReport) -> str:
+    """Before and after, as text."""
+    rows = [("measure", "images", "before", "after"), *((m, str(n), b, a) for m, n, b, a in report.rows())]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(f"{m:<{widths[0]}}  {n:>{widths[1]}}  {b:>{widths[2]}}  {a:>{widths[3]}}" for m, n, b, a in rows)
+
+
+def evaluate_command(argv: Sequence[str]) -> None:
+    """Measure accuracy, and with a trigger the attack success rate, of a model."""
+    types = (ModelArguments, DataArguments, AttackArguments, EvaluateArguments)
+    parser = _parser("evaluate", types, positional="MODEL", help="repo id on the Hub, or a folder (./x, /x)")
+    model_args, data_args, attack_args, args, rest = _parse(parser, argv)
+    source = resolve_model(rest.model, revision=model_args.revision, local=model_args.local, token=model_args.token)
+    model, _ = load_model(source, auto_class=AutoModelForImageClassification)
+    data, attack = data_args.open(), attack_args.attack()
+    result = evaluate_model(model, data, ImagePipeline(load_image_processor(source)), attack=attack).to_dict()
+    if args.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:22} {100 * value:.1f} %" if isinstance(value, float) else f"{name:22} {value}")
+
+
+def spec_command(argv: Sequence[str]) -> None:
+    """Show the permutation symmetries of a model."""
+    parser = _parser("spec", (ModelArguments, EvaluateArguments), positional="MODEL", help="repo id, or a folder (./x, /x)")
+    model_args, args, rest = _parse(parser, argv)
+    source = resolve_model(rest.model, revision=model_args.revision, local=model_args.local, token=model_args.token)
+    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    classifier = any(str(name).endswith("ForImageClassification") for name in config.get("architectures") or [])
+    model, _ = load_model(source, auto_class=AutoModelForImageClassification if classifier else AutoModel)
+    inputs = example_inputs(model)
+    spec = derive_spec(model, inputs)
+    verification = verify(model, spec, inputs)
+    if args.json:
+        print(json.dumps({**spec.to_dict(), "relative_error": verification.error}, indent=2))
+    else:
+        print(describe_spec(spec, verification, type(model).__name__))
+
+
+def train_suspect_command(argv: Sequence[str]) -> None:
+    """Train a backdoored classifier (or with --poison_rate 0 a clean one)."""
+    types = (DataArguments, AttackArguments, SuspectArguments, SuspectConfig)
+    parser = _parser("train-suspect", types, positional="CONFIG", help="config.json of an image classifier")
+    data_args, attack_args, args, config, rest = _parse(parser, argv)
+    if "output_dir" not in _given(parser, argv):
+        raise UsageError("--output_dir is missing: name the folder for the suspect")
+    attack = attack_args.attack() if args.poison_rate > 0 else None
+    if attack is None and args.poison_rate > 0:
+        raise UsageError(f"--trigger is missing: name one of {', '.join(TRIGGERS)}, or give --poison_rate 0 for a clean model")
+    model_config = _read_model_config(Path(rest.config))
+    size = getattr(model_config, "image_size", args.image_size)
+    data: ImageData = data_args.open()
+    train_suspect(
+        model_config,
+        ViTImageProcessor(size={"height": size, "width": size}),
+        data,
+        args=config,
+        attack=attack,
+        poison_rate=args.poison_rate,
+    )
+    print(f"The suspect and its {RECORD} are in {config.output_dir}")
+
+
+def _read_model_config(file: Path) -> Any:
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(**content)
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{file}: expected the config.json of a transformers image classifier with its model_type ({error})") from error
+
+
+def demo_command(argv: Sequence[str]) -> None:
+    """Backdoor, purify and measure two small models on real handwritten digits."""
+    (args,) = _parse(_parser("demo", (DemoArguments,)), argv)
+    run_demo(Path(args.output_dir), seed=args.seed, names=args.models)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "purify": purify_command,
+    "evaluate": evaluate_command,
+    "spec": spec_command,
+    "train-suspect": train_suspect_command,
+    "demo": demo_command,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

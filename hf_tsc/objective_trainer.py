@@ -1,0 +1,67 @@
+"""ObjectiveTrainer: a `Trainer` whose loss is an `Objective`; it trains suspects and fine-tunes them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from hf_tsc.errors import PurificationError
+from hf_tsc.images import collate
+from hf_tsc.objectives import Objective
+
+
+class ObjectiveTrainer(Trainer):
+    """Minimises an objective over a data set of pixels.
+
+    Args:
+        objective: gives the loss of a batch; its randomness is a function of (seed, step, micro-batch, process), so
+            that a resumed training repeats it.
+        kwargs: as in `Trainer`.
+
+    Raises:
+        PurificationError: the loss is not finite.
+    """
+
+    # the loss is the mean of one batch: without this the Trainer would not divide it by the accumulation steps
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *, objective: Objective, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
+        self.objective = objective
+        self._micro_batch = 0
+        super().__init__(data_collator=collate, callbacks=[_StepCounter(self), *(callbacks or [])], **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Counts the micro-batches of a step: each has its own seed."""
+        loss = super().training_step(*args, **kwargs)
+        self._micro_batch += 1
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective's loss; the model itself never sees labels."""
+        sequence = np.random.SeedSequence(
+            [self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index]
+        )
+        return self.objective.loss(model, inputs, seed=int(sequence.generate_state(1)[0]))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Stops when the loss is not finite."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise PurificationError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate="
+                f"{self.args.learning_rate}"
+            )
+        super().log(logs, start_time)
+
+
+class _StepCounter(TrainerCallback):
+    def __init__(self, trainer: ObjectiveTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._micro_batch = 0

@@ -1,0 +1,130 @@
+"""Train a suspect: an image classifier with a backdoor of known trigger (or, at poison rate 0, its clean twin).
+
+For tests, demonstrations and measurements: what a defence is worth can only be seen where the trigger is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from hf_tsc.data import ImageData
+from hf_tsc.errors import UsageError
+from hf_tsc.evaluation import Attack
+from hf_tsc.folders import finished_folder, write_json
+from hf_tsc.images import AUGMENTATIONS, ImagePipeline, PixelDataset
+from hf_tsc.objective_trainer import ObjectiveTrainer
+from hf_tsc.objectives import ImageClassification
+from hf_tsc.triggers import poison_indices, trigger_to_dict
+
+RECORD = "suspect.json"
+
+
+@dataclass
+class SuspectConfig(TrainingArguments):
+    """`TrainingArguments` with defaults for small classifiers trained from nothing."""
+
+    augmentation: str = field(
+        default="none", metadata={"help": "Random changes of the training images.", "choices": AUGMENTATIONS}
+    )
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule."})
+    num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images a step and device."})
+    save_strategy: str = field(default="no", metadata={"help": "Checkpoints."})
+    logging_steps: float = field(default=0.1, metadata={"help": "Log every so many steps, or share of all steps."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Items are pixels, not columns."})
+
+
+def train_suspect(
+    config: PreTrainedConfig,
+    processor: Any,
+    data: ImageData,
+    *,
+    args: SuspectConfig,
+    attack: Attack | None,
+    poison_rate: float = 0.1,
+    indices: np.ndarray | None = None,
+) -> PreTrainedModel:
+    """Train an image classifier from random weights on partly poisoned data.
+
+    Args:
+        config: of an image classifier; classes are taken from the data.
+        processor: the image processor that the model will be used with.
+        data: labelled images.
+        args: training arguments; `seed` also draws the poisoned images.
+        attack: trigger and target label; None trains a clean model.
+        poison_rate: poisoned share of all training images; none of them is of the target class.
+        indices: rows to train on; all by default.
+
+    Returns:
+        The model in eval mode. When `args.output_dir` is set, the folder holds it with `suspect.json`: trigger, target
+        label and the poisoned rows.
+
+    Raises:
+        UsageError: no labels; an impossible poison rate.
+    """
+    labels = data.labels
+    if labels is None:
+        raise UsageError(f"{data.name} has no label column: a classifier is trained on labels")
+    rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
+    poisoned = np.array([], dtype=np.int64)
+    if attack is not None:
+        poisoned = poison_indices(labels[rows], target_label=attack.target_label, poison_rate=poison_rate, seed=args.seed)
+    pipeline = ImagePipeline(processor)
+    dataset = PixelDataset(
+        data.rows,
+        rows,
+        pipeline,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        **_poison_options(attack, poisoned),
+    )
+    model = _new_model(config, data, labels, seed=args.seed)
+    objective = ImageClassification(pipeline, augmentation=args.augmentation)
+    ObjectiveTrainer(objective=objective, model=model, args=args, train_dataset=dataset).train()
+    model.eval()
+    if args.output_dir:
+        _save(model, processor, Path(args.output_dir), _record(data, args, attack, poison_rate, rows[poisoned]))
+    return model
+
+
+def _poison_options(attack: Attack | None, poisoned: np.ndarray) -> dict[str, Any]:
+    if attack is None or len(poisoned) == 0:
+        return {}
+    return {"trigger": attack.trigger, "triggered_indices": poisoned, "relabel": attack.target_label}
+
+
+def _new_model(config: PreTrainedConfig, data: ImageData, labels: np.ndarray, *, seed: int) -> PreTrainedModel:
+    names = data.class_names or [f"LABEL_{i}" for i in range(int(labels.max()) + 1)]
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForImageClassification.from_config(config)
+
+
+def _record(
+    data: ImageData, args: SuspectConfig, attack: Attack | None, poison_rate: float, poisoned: np.ndarray
+) -> dict[str, Any]:
+    return {
+        "trigger": trigger_to_dict(attack.trigger) if attack else None,
+        "target_label": attack.target_label if attack else None,
+        "poison_rate": poison_rate if attack else 0.0,
+        "poisoned_indices": poisoned.tolist(),
+        "seed": args.seed,
+        "dataset": data.describe(),
+    }
+
+
+def _save(model: PreTrainedModel, processor: Any, folder: Path, record: dict[str, Any]) -> None:
+    with finished_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        write_json(temporary / RECORD, record)
