@@ -1,7 +1,7 @@
 """Activation statistics of all spaces at once, in one hooked pass over the clean images.
 
-For two networks a and b (b = a for un-alignment) and every tap, with x of shape (m, n): m positions (images x pixels or
-tokens), n units,
+For two networks a and b (b = a for un-alignment) and every tap, with x of shape (m, n): m positions (images x pixels
+or tokens), n units,
 
     products[i, j] = sum over positions of a_i * b_j          (n, n)
     sums, squares  = sum of x_i and of x_i ** 2               (n,) for each network
@@ -44,14 +44,20 @@ class TapStatistics:
     def zeros(cls, size: int, device: torch.device) -> TapStatistics:
         # float64 sums of float32 products of one batch: the error stays that of a single batch's matmul
         dtype = torch.float64 if device.type != "mps" else torch.float32
-        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in ((size, size), (2, size), (2, size))))
+        products, sums, squares = (torch.zeros(n, size, dtype=dtype, device=device) for n in (size, 2, 2))
+        return cls(products, sums, squares)
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """Add positions; a and b: (m, n)."""
-        self.products += a.T @ b
-        for row, x in enumerate((a, b)):
-            self.sums[row] += x.sum(0)
-            self.squares[row] += x.square().sum(0)
+        """Add positions; a and b: (m, n), the same tensor for un-alignment."""
+        products = a.T @ b
+        self.products += products
+        if a is b:
+            self.sums += a.sum(0)
+            self.squares += products.diagonal()
+        else:
+            for row, x in enumerate((a, b)):
+                self.sums[row] += x.sum(0)
+                self.squares[row] += x.square().sum(0)
         self.count += a.shape[0]
 
     def similarity(self, method: str) -> Tensor:
@@ -105,10 +111,25 @@ def collect_statistics(
     positions = _PositionPicker(max_positions, generator)
     for batch in batches:
         positions.new_batch()
-        readings = [_read(model, taps, batch, point, positions) for point in points]
-        for total, a, b in zip(totals, readings[0], readings[-1], strict=True):
-            total.add(a, b)
+        if len(points) == 1:
+            _read(model, taps, batch, points[0], positions, lambda number, x: totals[number].add(x, x))
+        else:
+            _add_pairs(totals, model, taps, batch, points, positions)
     return totals
+
+
+def _add_pairs(
+    totals: Sequence[TapStatistics],
+    model: nn.Module,
+    taps: Sequence[Tap],
+    batch: Batch,
+    points: Sequence[Params],
+    pick: _PositionPicker,
+) -> None:
+    """Two forward passes: the activations of the first are kept until the second has the same tap's."""
+    first: list[list[Tensor]] = [[] for _ in taps]  # copies, as the network may go on to write into what was read
+    _read(model, taps, batch, points[0], pick, lambda number, x: first[number].append(x.clone()))
+    _read(model, taps, batch, points[1], pick, lambda number, x: totals[number].add(first[number].pop(0), x))
 
 
 class _PositionPicker:
@@ -132,19 +153,24 @@ class _PositionPicker:
 
 
 @torch.no_grad()
-def _read(model: nn.Module, taps: Sequence[Tap], batch: Batch, point: Params, pick: _PositionPicker) -> list[Tensor]:
-    """One forward pass; the activations at every tap, each (m, n)."""
-    found: list[list[Tensor]] = [[] for _ in taps]  # one reading a call of the module
+def _read(
+    model: nn.Module,
+    taps: Sequence[Tap],
+    batch: Batch,
+    point: Params,
+    pick: _PositionPicker,
+    use: Callable[[int, Tensor], None],
+) -> None:
+    """One forward pass; `use` is called with every tap's number and activations, (m, n), as soon as they are there.
 
-    def keep(number: int, tap: Tap) -> Callable[[Tensor], None]:
-        def store(x: Tensor) -> None:  # a copy: the network may go on to write into x
-            found[number].append(pick(_by_position(x, tap.dim)).flatten(0, 1).clone())
+    Activations that are used at once need not be held to the end of the pass: many times the memory of the pass itself.
+    """
 
-        return store
+    def reader(number: int, tap: Tap) -> Callable[[Tensor], None]:
+        return lambda x: use(number, pick(_by_position(x, tap.dim)).flatten(0, 1))
 
-    with _hooks(model, [(tap, keep(number, tap)) for number, tap in enumerate(taps)]):
+    with _hooks(model, [(tap, reader(number, tap)) for number, tap in enumerate(taps)]):
         torch.func.functional_call(model, point, kwargs=batch)
-    return [torch.cat(readings) for readings in found]
 
 
 def _by_position(x: Tensor, dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a tensor axis is made of: atoms of a space, products, concatenations and frozen stretches, and their index vectors.
+"""What a tensor axis is made of: atoms, products, concatenations, frozen stretches; and the index vectors of it all.
 
 An axis of size n is a small tree. Written out, in the notation of einops where there is one:
 

@@ -9,20 +9,23 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import huggingface_hub
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, HfArgumentParser, ViTImageProcessor
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, HfArgumentParser, ViTImageProcessorPil
 
 from hf_tsc import __version__
 from hf_tsc.data import ImageData
 from hf_tsc.demo import DEMO_MODELS, run_demo
-from hf_tsc.derive import derive_spec, example_inputs, verify
+from hf_tsc.derive import derive_spec, example_inputs, image_size, verify
 from hf_tsc.errors import HfTscError, UsageError
 from hf_tsc.evaluation import Attack, evaluate_model
 from hf_tsc.hub import load_image_processor, load_model, resolve_model
 from hf_tsc.images import ImagePipeline
-from hf_tsc.purify import DataArguments, purify
+from hf_tsc.job import DataArguments, check_classifier, check_labels
+from hf_tsc.purify import purify
 from hf_tsc.report import REPORT_FILE, PurificationReport
 from hf_tsc.spec_text import describe_spec
 from hf_tsc.suspects import RECORD, SuspectConfig, train_suspect
@@ -57,6 +60,8 @@ class AttackArguments:
     def attack(self) -> Attack | None:
         """The attack, or None when no trigger is named."""
         if self.trigger is None:
+            if self.target_label is not None:
+                raise UsageError("--target_label without a trigger: name one with --trigger")
             return None
         record, target = {"name": self.trigger}, self.target_label
         if self.trigger not in TRIGGERS:
@@ -73,17 +78,21 @@ def _read_record(file: Path) -> tuple[dict[str, Any], int | None]:
         return dict(content["trigger"]), content.get("target_label")
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = ", ".join(TRIGGERS)
-        raise UsageError(f"--trigger {file}: expected one of {known}, or a {RECORD} with a trigger ({error})") from error
+        raise UsageError(
+            f"--trigger {file}: expected one of {known}, or a {RECORD} with a trigger ({error})"
+        ) from error
 
 
 @dataclass
 class PurifyArguments:
     """What to purify with, and where the result goes."""
 
-    budget: str = field(default="5%", metadata={"help": "Clean images to use: a count, or a share such as 5%."})
+    budget: str = field(default="5%", metadata={"help": "Clean images to use: a count, or a share such as 5%%."})
     held_out: float = field(default=0.2, metadata={"help": "Share of them kept from training, for measuring."})
     test_split: str | None = field(default=None, metadata={"help": "Split to measure on before and after, too."})
-    preset: str = field(default="default", metadata={"help": "Hyper-parameters to start from.", "choices": list(PRESETS)})
+    preset: str = field(
+        default="default", metadata={"help": "Hyper-parameters to start from.", "choices": list(PRESETS)}
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of an interrupted run."})
 
 
@@ -98,7 +107,9 @@ class EvaluateArguments:
 class SuspectArguments:
     """What to train."""
 
-    poison_rate: float = field(default=0.1, metadata={"help": "Poisoned share of all training images; 0 for a clean model."})
+    poison_rate: float = field(
+        default=0.1, metadata={"help": "Poisoned share of all training images; 0 for a clean model."}
+    )
     image_size: int = field(default=32, metadata={"help": "Side of the images, where the configuration names none."})
 
 
@@ -114,7 +125,7 @@ class DemoArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 failure, 2 wrong input, 4 accuracy budget missed, 130 interrupted."""
+    """Returns the exit code: 0 done, 1 failure, 2 wrong input, 4 accuracy budget missed, 130 interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -125,16 +136,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(arguments[0])
     if command is None:
-        print(f"hf-tsc: error: unknown command {arguments[0]!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"hf-tsc: error: unknown command {arguments[0]!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr
+        )
         return UsageError.exit_code
     transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     try:
         command(arguments[1:])
-    except HfTscError as error:
-        print(f"hf-tsc: error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (HfTscError, OSError) as error:  # an OSError names its file: a full disk, a folder that may not be written
+        print(f"hf-tsc: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return getattr(error, "exit_code", HfTscError.exit_code)
     except KeyboardInterrupt:
-        print("hf-tsc: interrupted; checkpoints stay, go on with --resume", file=sys.stderr)
+        print("hf-tsc: interrupted; a purification that has a checkpoint goes on with --resume", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -146,8 +160,15 @@ def _usage() -> str:
     )
 
 
+class _Parser(HfArgumentParser):
+    """Wrong options get one line, not the page-long usage of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; `{self.prog} --help` lists the options")
+
+
 def _parser(command: str, types: Sequence[type], *, positional: str | None = None, help: str = "") -> HfArgumentParser:
-    parser = HfArgumentParser(list(types), prog=f"hf-tsc {command}", allow_abbrev=False)  # type: ignore[arg-type]
+    parser = _Parser(list(types), prog=f"hf-tsc {command}", allow_abbrev=False)  # type: ignore[arg-type]
     if positional:
         parser.add_argument(positional.lower(), metavar=positional, help=help)
     return parser
@@ -180,8 +201,9 @@ def purify_command(argv: Sequence[str]) -> None:
     if "output_dir" not in given:
         raise UsageError("--output_dir is missing: name the folder for the purified model")
     overrides = {k: v for k, v in given.items() if k in TSCConfig.__dataclass_fields__ and k != "output_dir"}
+    source = resolve_model(rest.model, revision=model_args.revision, local=model_args.local, token=model_args.token)
     report = purify(
-        rest.model,
+        source,
         data_args.open(),
         config.output_dir,
         config=overrides if args.preset == "default" else TSCConfig.preset(args.preset, **overrides),
@@ -189,9 +211,6 @@ def purify_command(argv: Sequence[str]) -> None:
         held_out=args.held_out,
         test=data_args.open(args.test_split) if args.test_split else None,
         attack=attack_args.attack(),
-        revision=model_args.revision,
-        local=model_args.local,
-        token=model_args.token,
         resume=args.resume,
     )
     print(report_table(report))
@@ -213,6 +232,8 @@ def evaluate_command(argv: Sequence[str]) -> None:
     source = resolve_model(rest.model, revision=model_args.revision, local=model_args.local, token=model_args.token)
     model, _ = load_model(source, auto_class=AutoModelForImageClassification)
     data, attack = data_args.open(), attack_args.attack()
+    check_classifier(model, source)
+    check_labels(data, model)
     result = evaluate_model(model, data, ImagePipeline(load_image_processor(source)), attack=attack).to_dict()
     if args.json:
         print(json.dumps(result))
@@ -223,7 +244,9 @@ def evaluate_command(argv: Sequence[str]) -> None:
 
 def spec_command(argv: Sequence[str]) -> None:
     """Show the permutation symmetries of a model."""
-    parser = _parser("spec", (ModelArguments, EvaluateArguments), positional="MODEL", help="repo id, or a folder (./x, /x)")
+    parser = _parser(
+        "spec", (ModelArguments, EvaluateArguments), positional="MODEL", help="repo id, or a folder (./x, /x)"
+    )
     model_args, args, rest = _parse(parser, argv)
     source = resolve_model(rest.model, revision=model_args.revision, local=model_args.local, token=model_args.token)
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
@@ -245,15 +268,17 @@ def train_suspect_command(argv: Sequence[str]) -> None:
     data_args, attack_args, args, config, rest = _parse(parser, argv)
     if "output_dir" not in _given(parser, argv):
         raise UsageError("--output_dir is missing: name the folder for the suspect")
-    attack = attack_args.attack() if args.poison_rate > 0 else None
-    if attack is None and args.poison_rate > 0:
-        raise UsageError(f"--trigger is missing: name one of {', '.join(TRIGGERS)}, or give --poison_rate 0 for a clean model")
+    attack = attack_args.attack() if args.poison_rate != 0 else None
+    if attack is None and args.poison_rate != 0:
+        raise UsageError(
+            f"--trigger is missing: name one of {', '.join(TRIGGERS)}, or give --poison_rate 0 for a clean model"
+        )
     model_config = _read_model_config(Path(rest.config))
-    size = getattr(model_config, "image_size", args.image_size)
+    height, width = image_size(model_config) if hasattr(model_config, "image_size") else (args.image_size,) * 2
     data: ImageData = data_args.open()
     train_suspect(
         model_config,
-        ViTImageProcessor(size={"height": size, "width": size}),
+        ViTImageProcessorPil(size={"height": height, "width": width}),
         data,
         args=config,
         attack=attack,
@@ -267,8 +292,10 @@ def _read_model_config(file: Path) -> Any:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return AutoConfig.for_model(**content)
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{file}: expected the config.json of a transformers image classifier with its model_type ({error})") from error
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise UsageError(
+            f"{file}: expected the config.json of a transformers image classifier with its model_type ({error})"
+        ) from error
 
 
 def demo_command(argv: Sequence[str]) -> None:

@@ -291,7 +291,7 @@ class ImageData:
     def describe(self) -> dict[str, str | int | None]:
         """What identifies the rows, for a report: never the place of a local folder."""
         return {
-            "name": Path(self.name).name if Path(self.name).exists() else self.name,
+            "name": Path(self.name).resolve().name if Path(self.name).exists() else self.name,
             "split": str(self.rows.split) if self.rows.split else None,
             "fingerprint": self.rows._fingerprint,
             "rows": len(self.rows),

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,19 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
-from transformers import PreTrainedConfig, PreTrainedModel, ResNetConfig, TrainingArguments, ViTConfig, ViTImageProcessor
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    TrainingArguments,
+    ViTConfig,
+    ViTImageProcessorPil,
+)
 
 from hf_tsc.data import ImageData, open_images
 from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.folders import check_output, write_json
-from hf_tsc.images import ImagePipeline, PixelDataset
+from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.metrics import defense_effectiveness
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import ImageClassification
@@ -27,7 +35,6 @@ from hf_tsc.purify import purify
 from hf_tsc.report import CARD_FILE, PLOT_FILE, PurificationReport
 from hf_tsc.suspects import SuspectConfig, train_suspect
 from hf_tsc.triggers import BadNets
-from hf_tsc.tsc_config import TSCConfig
 
 SUSPECT_IMAGES, CLEAN_IMAGES = 1200, 150
 IMAGE_SIZE = 32
@@ -53,7 +60,12 @@ DEMO_MODELS = {
     ),
     "vit": DemoModel(
         ViTConfig(
-            hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=128,
+            image_size=32,
+            patch_size=8,
         ),
         suspect={"num_train_epochs": 60, "learning_rate": 1e-3},
         purify={"curve_steps": 600},
@@ -74,7 +86,7 @@ def split_digits(seed: int) -> tuple[ImageData, ImageData, ImageData]:
     """Disjoint images: 1,200 the suspect trains on, 150 clean ones to purify with, and the others for testing."""
     rows = digits().shuffle(seed=seed)
     edges = (0, SUSPECT_IMAGES, SUSPECT_IMAGES + CLEAN_IMAGES, len(rows))
-    first, clean, test = (open_images(rows.select(range(a, b))) for a, b in zip(edges, edges[1:], strict=False))
+    first, clean, test = (open_images(rows.select(range(a, b))) for a, b in pairwise(edges))
     return first, clean, test
 
 
@@ -88,7 +100,9 @@ def run_demo(output: Path, *, seed: int, names: Sequence[str]) -> list[dict[str,
     started = time.monotonic()
     attack = Attack(BadNets(), target_label=0)
     results = [_run_model(name, DEMO_MODELS[name], attack, output, seed) for name in names]
-    write_json(output / RESULT_FILE, {"seed": seed, "models": results, "seconds": round(time.monotonic() - started, 1)})
+    write_json(
+        output / RESULT_FILE, {"seed": seed, "models": results, "seconds": round(time.monotonic() - started, 1)}
+    )
     print(f"\n{table(results)}\n")
     for name in names:
         folder = output / f"{name}-purified"
@@ -99,7 +113,7 @@ def run_demo(output: Path, *, seed: int, names: Sequence[str]) -> list[dict[str,
 def _run_model(name: str, demo: DemoModel, attack: Attack, output: Path, seed: int) -> dict[str, Any]:
     suspect_data, clean, test = split_digits(seed)
     folder = output / f"{name}-suspect"
-    processor = ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     print(f"{name}: training a suspect on {SUSPECT_IMAGES} digits, a tenth of them with a trigger", flush=True)
     args = SuspectConfig(output_dir=str(folder), seed=seed, use_cpu=True, **demo.suspect)
     suspect = train_suspect(demo.config, processor, suspect_data, args=args, attack=attack)
@@ -135,11 +149,10 @@ def _run_model(name: str, demo: DemoModel, attack: Attack, output: Path, seed: i
 def fine_tune(
     suspect: PreTrainedModel, clean: ImageData, processor: Any, report: PurificationReport, *, rate: float, seed: int
 ) -> PreTrainedModel:
-    """Plain fine-tuning on labels: the images, optimizer, batch size, augmentation and number of steps of the purification."""
+    """Plain fine-tuning on labels, with the images, optimizer, batch, augmentation and steps of the purification."""
     model, used = copy.deepcopy(suspect), report.arguments
     pipeline = ImagePipeline(processor)
-    columns = {"image_column": clean.image_column, "label_column": clean.label_column}
-    dataset = PixelDataset(clean.rows, report.dataset["train_indices"], pipeline, **columns)
+    dataset = pixel_dataset(clean, report.dataset["train_indices"], pipeline)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,

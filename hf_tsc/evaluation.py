@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
-from hf_tsc.images import ImagePipeline, PixelDataset, collate
+from hf_tsc.images import ImagePipeline, PixelDataset, collate, pixel_dataset
 from hf_tsc.metrics import AttackSuccessRate, CleanAccuracy, RobustAccuracy
 from hf_tsc.objectives import Forward
 from hf_tsc.triggers import Trigger
@@ -48,9 +48,12 @@ class Attack:
 
 
 @torch.no_grad()
-def predict(forward: Forward, dataset: PixelDataset, *, batch_size: int = 128, device: str | torch.device = "cpu") -> Tensor:
+def predict(
+    forward: Forward, dataset: PixelDataset, *, batch_size: int = 128, device: str | torch.device = "cpu"
+) -> Tensor:
     """Predicted class of every item, int64 (n,) on the CPU."""
-    loader: Any = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
+    # a generator of its own: measuring must not touch the global random state, on which dropout depends
+    loader: Any = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, generator=torch.Generator())
     found = []
     for batch in loader:
         inputs = dataset.pipeline.model_input(batch["pixels"].to(device))
@@ -83,19 +86,22 @@ class Evaluator:
     ):
         labels = data.labels
         if labels is None:
-            raise UsageError(f"{data.name} has no label column: accuracy needs labels; name one with --label_column_name")
+            raise UsageError(
+                f"{data.name} has no label column: accuracy needs labels; name one with --label_column_name"
+            )
         if attack is not None and not 0 <= attack.target_label < num_classes:
             raise UsageError(f"target_label={attack.target_label}: the model has the classes 0 to {num_classes - 1}")
         rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
-        columns = {"image_column": data.image_column, "label_column": data.label_column}
         self.attack = attack
-        self.clean = PixelDataset(data.rows, rows, pipeline, **columns)
+        self.clean = pixel_dataset(data, rows, pipeline)
         self.triggered: PixelDataset | None = None
         if attack is not None:
             others = rows[labels[rows] != attack.target_label]
             if len(others) == 0:
-                raise UsageError(f"all {len(rows)} images are of the target class {attack.target_label}: no attack to measure")
-            self.triggered = PixelDataset(data.rows, others, pipeline, trigger=attack.trigger, **columns)
+                raise UsageError(
+                    f"all {len(rows)} images are of the target class {attack.target_label}: no attack to measure"
+                )
+            self.triggered = pixel_dataset(data, others, pipeline, trigger=attack.trigger)
 
     def __call__(self, forward: Forward, *, device: str | torch.device = "cpu") -> Evaluation:
         """Measure a model, or any callable that maps `pixel_values` to an output with `logits`."""

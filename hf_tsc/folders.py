@@ -15,6 +15,8 @@ from hf_tsc.errors import UsageError
 
 def check_output(folder: Path) -> None:
     """Raises UsageError where a result would overwrite something."""
+    if folder.name in ("", ".."):
+        raise UsageError(f"{folder} has no name of its own: give a folder that does not exist yet")
     if folder.is_file():
         raise UsageError(f"{folder} is a file: give a folder that does not exist yet")
     if folder.is_dir() and any(folder.iterdir()):

@@ -283,23 +283,27 @@ def load_model(source: Source, *, auto_class: Any, dtype: torch.dtype = torch.fl
     Raises:
         UsageError: no model of `auto_class`; keys missing, unexpected or of another shape; NaN or infinity.
     """
-    with _quiet():
+    with quiet():
         config = _read_config(source.path, auto_class)
         stored_dtype = _stored_dtype(source.path)
         classes = auto_class._model_mapping[type(config)]
         classes = classes if isinstance(classes, tuple | list) else (classes,)
-        model, info = auto_class.from_pretrained(
-            source.path,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            # Overrides what the configuration asks for, at any depth: it could name a kernel on the Hub.
-            attn_implementation="sdpa" if all(cls._supports_sdpa for cls in classes) else "eager",
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported in `info` instead of raised, and refused below
-        )
+        try:
+            model, info = auto_class.from_pretrained(
+                source.path,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                # Overrides what the configuration asks for, at any depth: it could name a kernel on the Hub.
+                attn_implementation="sdpa" if all(cls._supports_sdpa for cls in classes) else "eager",
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported in `info` instead of raised, and refused below
+            )
+        except Exception as error:  # a constructor that is given a field out of range raises anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UsageError(f"{source.path / 'config.json'} makes no model: {reason}; correct the field.") from error
     wrong = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in info.items() if keys)
     if wrong:
         raise UsageError(f"The weights of {source.path} do not fit its config.json ({wrong}): give a complete model.")
@@ -353,8 +357,7 @@ def load_image_processor(source: Source) -> Any:
         ):
             raise UsageError(f"{source.path} has `{key}` {value!r}: expected the name of an image processor.")
     try:
-        with _quiet():
-            return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
+        return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{source.path} has no image processor that transformers knows: add a preprocessor_config.json."
@@ -362,7 +365,7 @@ def load_image_processor(source: Source) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence `transformers`: whatever matters about a load is raised by this module."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.triggers import Trigger
 
@@ -217,6 +218,14 @@ class PixelDataset(Dataset):
         if image is None:
             raise UsageError(f"The picture at index {index} of column {self._image_column!r} is missing; remove it.")
         return image
+
+
+def pixel_dataset(
+    data: ImageData, indices: Sequence[int] | np.ndarray, pipeline: ImagePipeline, **kwargs: Any
+) -> PixelDataset:
+    """The `PixelDataset` of some rows of `data`; keywords as there."""
+    columns: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
+    return PixelDataset(data.rows, indices, pipeline, **columns, **kwargs)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -3,9 +3,9 @@
     un-align:  argmax_P sum |x - P x|^2        = argmin_P of the summed inner products of x with itself
     align:     argmin_P sum |x(a) - P x(b)|^2  = argmax_P of the summed inner products of x(a) with x(b)
 
-(hf.co/papers/2506.07467, section 4; assignment as in Git Re-Basin, hf.co/papers/2209.04836.) With out[i] = in[perm[i]],
-row i of a similarity matrix is assigned to column perm[i]. Heads are matched as blocks: the inner problems are solved
-for every pair of heads, and their optima are the similarities of the outer one.
+(hf.co/papers/2506.07467, section 4; assignment as in Git Re-Basin, hf.co/papers/2209.04836.) With out[i] =
+in[perm[i]], row i of a similarity matrix is assigned to column perm[i]. Heads are matched as blocks: the inner
+problems are solved for every pair of heads, and their optima are the similarities of the outer one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def match(
     """
     similarities = [s.similarity(method).cpu().numpy() for s in statistics]
     result = identity(spec)
-    for name, space in spec.spaces.items():
+    for space in spec.spaces.values():
         if space.parent is None:
             result.update(_solve(spec, space, similarities, maximize, set(kinds)))
     return result
@@ -70,7 +70,7 @@ def _solve(
 
 
 def _own_score(spec: PermutationSpec, space: Space, similarities: list[Array]) -> Array:
-    """(n, n): the similarities of a space that is nested in none, summed over its taps and over all places it has there."""
+    """(n, n): the similarities of a space that is nested in none, summed over its taps and its places there."""
     total = np.zeros((space.size, space.size))
     for tap, similarity in zip(spec.taps, similarities, strict=True):
         if any(atom.space == space.name for atom in atoms(tap.axis)):

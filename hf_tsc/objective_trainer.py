@@ -28,6 +28,7 @@ class ObjectiveTrainer(Trainer):
 
     # the loss is the mean of one batch: without this the Trainer would not divide it by the accumulation steps
     loss_is_scaled_for_ga = False
+    objective: Objective
 
     def __init__(self, *, objective: Objective, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
         self.objective = objective

@@ -41,7 +41,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Tap:
-    """Where activations are read: axis `dim` (counted from the end when negative) of a module's first input or output."""
+    """Where activations are read: axis `dim` (from the end when negative) of a module's first input or output."""
 
     module: str
     side: Literal["input", "output"]
@@ -113,7 +113,8 @@ class PermutationSpec:
             },
             "tensors": {
                 name: [
-                    {"axis": str(a), "size": a.size, **({"frozen": a.reason} if isinstance(a, Frozen) else {})} for a in ax
+                    {"axis": str(a), "size": a.size, **({"frozen": a.reason} if isinstance(a, Frozen) else {})}
+                    for a in ax
                 ]
                 for name, ax in self.axes.items()
             },
@@ -152,11 +153,13 @@ def identity(spec: PermutationSpec) -> dict[str, Tensor]:
 
 
 def roll(spec: PermutationSpec) -> dict[str, Tensor]:
-    """A permutation without fixed points, and (for sizes above 2) not its own inverse; every block rolls differently."""
+    """No fixed points and (for sizes above 2) not its own inverse; every block of a nested space rolls differently."""
     result = {}
     for name, eye in identity(spec).items():
         shifts = range(1, eye.shape[0] + 1) if eye.ndim == 2 else [1]
-        rows = [row.roll(s % max(row.numel(), 1) or 1) for row, s in zip(eye.view(-1, eye.shape[-1]), shifts, strict=True)]
+        rows = [
+            row.roll(s % max(row.numel(), 1) or 1) for row, s in zip(eye.view(-1, eye.shape[-1]), shifts, strict=True)
+        ]
         result[name] = torch.stack(rows).view(eye.shape)
     return result
 
@@ -192,13 +195,15 @@ def apply(params: Mapping[str, Tensor], spec: PermutationSpec, permutation: Perm
 def _check_permutation(spec: PermutationSpec, permutation: Permutation) -> None:
     for name in spec.spaces:
         if name not in permutation:
-            raise ValueError(f"the permutation has no entry for the space {name!r}; give one for every space of the spec")
+            raise ValueError(
+                f"the permutation has no entry for the space {name!r}; give one for every space of the spec"
+            )
         if tuple(permutation[name].shape) != spec.shape(name):
             raise ValueError(f"{name}: shape {tuple(permutation[name].shape)} given, {spec.shape(name)} expected")
 
 
 def compose(spec: PermutationSpec, first: Permutation, second: Permutation) -> dict[str, Tensor]:
-    """The permutation that does `first`, then `second`: apply(apply(x, first), second) = apply(x, compose(first, second))."""
+    """First `first`, then `second`: apply(apply(x, first), second) = apply(x, compose(first, second))."""
     result = {}
     for name, space in spec.spaces.items():
         if space.parent is None:
@@ -220,9 +225,19 @@ def invert(spec: PermutationSpec, permutation: Permutation) -> dict[str, Tensor]
 
 def moved_fraction(permutation: Permutation) -> dict[str, float]:
     """Share of units that leave their place, a space."""
-    return {
-        name: (perm != torch.arange(perm.shape[-1])).double().mean().item() for name, perm in permutation.items()
-    }
+    return {name: (perm != torch.arange(perm.shape[-1])).double().mean().item() for name, perm in permutation.items()}
 
 
-__all__ = ["KINDS", "Atom", "Kind", "Params", "PermutationSpec", "Space", "Tap", "apply", "compose", "identity", "invert"]
+__all__ = [
+    "KINDS",
+    "Atom",
+    "Kind",
+    "Params",
+    "PermutationSpec",
+    "Space",
+    "Tap",
+    "apply",
+    "compose",
+    "identity",
+    "invert",
+]

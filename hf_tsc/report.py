@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
 
 from hf_tsc.axes import Frozen
+from hf_tsc.curve_result import CurveResult
 from hf_tsc.permutation import PermutationSpec
-from hf_tsc.tsc_trainer import CurveResult
 
 REPORT_FILE, PLOT_FILE, CARD_FILE = "tsc_report.json", "tsc_curves.png", "README.md"
 PAPER = {"title": "Circumventing Backdoor Space via Weight Symmetry", "id": "2506.07467"}
@@ -85,7 +85,11 @@ class PurificationReport:
         )
 
     def _card_data(self) -> ModelCardData:
-        base = {"base_model": self.suspect["repo_id"], "base_model_relation": "finetune"} if self.suspect["repo_id"] else {}
+        base = (
+            {"base_model": self.suspect["repo_id"], "base_model_relation": "finetune"}
+            if self.suspect["repo_id"]
+            else {}
+        )
         return ModelCardData(
             library_name="transformers",
             pipeline_tag="image-classification",
@@ -106,7 +110,14 @@ class PurificationReport:
             for key, label in labels.items():
                 if key in before:
                     n = before["n_triggered"] if key in ("attack_success_rate", "robust_accuracy") else before["n"]
-                    rows.append((f"{label} ({place.replace('_', '-')})", n, _percent(before[key]), _percent(self.after[place][key])))
+                    rows.append(
+                        (
+                            f"{label} ({place.replace('_', '-')})",
+                            n,
+                            _percent(before[key]),
+                            _percent(self.after[place][key]),
+                        )
+                    )
         return rows
 
 
@@ -144,7 +155,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def plot_curves(curves: Sequence[CurveResult], *, score_name: str = "accuracy", title: str = "") -> Figure:
     """One panel a curve: what was measured along it in percent, the loss, and the point taken."""
-    figure = Figure(figsize=(4.4 * max(len(curves), 1), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.6 * max(len(curves), 1), 4.0), layout="constrained")
     axes = figure.subplots(1, max(len(curves), 1), squeeze=False)[0]
     for axis, curve in zip(axes, curves, strict=False):
         _plot_curve(axis, curve, score_name)
@@ -152,19 +163,25 @@ def plot_curves(curves: Sequence[CurveResult], *, score_name: str = "accuracy", 
         axis.sharey(axes[0])
     if len(curves):
         axes[0].set_ylabel("percent")
-        axes[0].legend(loc="center left", fontsize=8)
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+        )
     figure.suptitle(title)
     return figure
 
 
 def _plot_curve(axis: Any, curve: CurveResult, score_name: str) -> None:
     ts = [point.t for point in curve.sweep]
-    axis.plot(ts, [100 * p.score for p in curve.sweep], "o-", color="#0072b2", ms=3, label=f"clean {score_name}, held-out")
+    axis.plot(
+        ts, [100 * p.score for p in curve.sweep], "o-", color="#0072b2", ms=3, label=f"clean {score_name}, held-out"
+    )
     for name, colour in zip(curve.sweep[0].monitors, ("#d55e00", "#009e73", "#cc79a7"), strict=False):
         values = [100 * p.monitors[name] for p in curve.sweep]
         axis.plot(ts, values, "s--", color=colour, ms=3, label=name.replace("_", " "))
     axis.axvline(curve.t_star, color="#555555", lw=1, ls=":")
-    axis.annotate(f"t* = {curve.t_star:g}", (curve.t_star, 50), rotation=90, ha="right", va="center", fontsize=8)
+    axis.annotate(f"t* = {curve.t_star:g}", (curve.t_star, 50), rotation=90, ha="right", va="center")
     ends = ("suspect", "un-aligned copy") if curve.stage == 1 else ("aligned suspect", "point of curve 1")
-    axis.set(title=f"round {curve.round}, curve {curve.stage}", xlabel=f"t: {ends[0]} (0) to {ends[1]} (1)", ylim=(-3, 103))
+    axis.set(
+        title=f"round {curve.round}, curve {curve.stage}", xlabel=f"t: {ends[0]} (0) to {ends[1]} (1)", ylim=(-3, 103)
+    )
     axis.grid(alpha=0.25)

@@ -11,7 +11,9 @@ from hf_tsc.permutation import PermutationSpec
 
 def describe_spec(spec: PermutationSpec, verification: Verification, architecture: str) -> str:
     """The spec as text for a terminal."""
-    head = f"{architecture}: {len(spec.spaces)} spaces; all moved at once the output changes by {verification.error:.0e} (relative)"
+    head = (
+        f"{architecture}: {len(spec.spaces)} spaces; all moved at once, the output changes by {verification.error:.0e}"
+    )
     parts = [head, "\nspaces (name, size, kind, read at)", *_spaces(spec), "\ntensors (axes)", *_tensors(spec)]
     if spec.unknown_ops:
         parts += ["\noperators without a rule, whose axes are frozen", *(f"  {name}" for name in spec.unknown_ops)]
@@ -22,7 +24,9 @@ def _spaces(spec: PermutationSpec) -> list[str]:
     lines = []
     for space in spec.spaces.values():
         size = f"{spec.spaces[space.parent].size} x {space.size}" if space.parent else str(space.size)
-        lines.append(f"  {space.name}  {size}  {space.kind}" + (f", one for each of {space.parent}" if space.parent else ""))
+        lines.append(
+            f"  {space.name}  {size}  {space.kind}" + (f", one for each of {space.parent}" if space.parent else "")
+        )
         for tap in spec.taps:
             if any(atom.space == space.name for atom in atoms(tap.axis)):
                 lines.append(f"      {tap.side} of {tap.module}")

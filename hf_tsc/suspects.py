@@ -5,6 +5,7 @@ For tests, demonstrations and measurements: what a defence is worth can only be 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack
 from hf_tsc.folders import finished_folder, write_json
-from hf_tsc.images import AUGMENTATIONS, ImagePipeline, PixelDataset
+from hf_tsc.hub import quiet
+from hf_tsc.images import AUGMENTATIONS, ImagePipeline, pixel_dataset
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import ImageClassification
 from hf_tsc.triggers import poison_indices, trigger_to_dict
@@ -38,8 +40,8 @@ class SuspectConfig(TrainingArguments):
     num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images a step and device."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints."})
-    logging_steps: float = field(default=0.1, metadata={"help": "Log every so many steps, or share of all steps."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Items are pixels, not columns."})
+    logging_steps: float = field(default=0.25, metadata={"help": "Log every so many steps, or share of all steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Items are pixels, not columns."})
 
 
 def train_suspect(
@@ -64,11 +66,13 @@ def train_suspect(
         indices: rows to train on; all by default.
 
     Returns:
-        The model in eval mode. When `args.output_dir` is set, the folder holds it with `suspect.json`: trigger, target
-        label and the poisoned rows.
+        The model in eval mode. The folder `args.output_dir` holds it, with `suspect.json`: trigger, target label and
+        the poisoned rows.
 
     Raises:
-        UsageError: no labels; an impossible poison rate.
+        UsageError: no labels; an impossible poison rate; a configuration that makes no image classifier; an output
+            folder that is not empty.
+        PurificationError: the loss is not finite.
     """
     labels = data.labels
     if labels is None:
@@ -76,22 +80,24 @@ def train_suspect(
     rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
     poisoned = np.array([], dtype=np.int64)
     if attack is not None:
-        poisoned = poison_indices(labels[rows], target_label=attack.target_label, poison_rate=poison_rate, seed=args.seed)
+        poisoned = poison_indices(
+            labels[rows], target_label=attack.target_label, poison_rate=poison_rate, seed=args.seed
+        )
     pipeline = ImagePipeline(processor)
-    dataset = PixelDataset(
-        data.rows,
-        rows,
-        pipeline,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        **_poison_options(attack, poisoned),
-    )
+    dataset = pixel_dataset(data, rows, pipeline, **_poison_options(attack, poisoned))
     model = _new_model(config, data, labels, seed=args.seed)
     objective = ImageClassification(pipeline, augmentation=args.augmentation)
-    ObjectiveTrainer(objective=objective, model=model, args=args, train_dataset=dataset).train()
-    model.eval()
-    if args.output_dir:
-        _save(model, processor, Path(args.output_dir), _record(data, args, attack, poison_rate, rows[poisoned]))
+    output = args.output_dir
+    with finished_folder(Path(output)) as folder:
+        args.output_dir = str(folder)  # the Trainer makes this folder
+        try:
+            ObjectiveTrainer(objective=objective, model=model, args=args, train_dataset=dataset).train()
+        finally:
+            args.output_dir = output
+        with quiet():
+            model.eval().save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_json(folder / RECORD, _record(data, args, attack, poison_rate, rows[poisoned]))
     return model
 
 
@@ -103,11 +109,15 @@ def _poison_options(attack: Attack | None, poisoned: np.ndarray) -> dict[str, An
 
 def _new_model(config: PreTrainedConfig, data: ImageData, labels: np.ndarray, *, seed: int) -> PreTrainedModel:
     names = data.class_names or [f"LABEL_{i}" for i in range(int(labels.max()) + 1)]
+    config = copy.deepcopy(config)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForImageClassification.from_config(config)
+        try:
+            return AutoModelForImageClassification.from_config(config)
+        except Exception as error:  # a constructor may raise anything
+            raise UsageError(f"no image classifier can be made from the {type(config).__name__}: {error!r}") from error
 
 
 def _record(
@@ -121,10 +131,3 @@ def _record(
         "seed": args.seed,
         "dataset": data.describe(),
     }
-
-
-def _save(model: PreTrainedModel, processor: Any, folder: Path, record: dict[str, Any]) -> None:
-    with finished_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        write_json(temporary / RECORD, record)

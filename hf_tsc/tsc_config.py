@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,11 @@ from hf_tsc.errors import UsageError
 from hf_tsc.images import AUGMENTATIONS
 from hf_tsc.permutation import KINDS
 
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
 OBJECTIVES = ("cross_entropy", "distillation")
 
 # Published hyper-parameters for supervised models (hf.co/papers/2506.07467), and every Trainer default that differs.
@@ -75,8 +82,8 @@ class TSCConfig(TrainingArguments):
     stages (`int`): 2 runs both curves of a round, 1 stops after the first.
     curve_epochs (`float`): passes over the clean images a curve.
     curve_steps (`int`): optimisation steps a curve; overrides `curve_epochs` when positive.
-    curve1_t, curve2_t (`float`): t*, the point taken on the first curve (between the model and its un-aligned copy) and
-        on the second (0: a copy of the backdoored model, 1: the first curve's point), both in (0, 1).
+    curve1_t, curve2_t (`float`): t*, the point taken on the first curve (between the model and its un-aligned copy)
+        and on the second (0: a copy of the backdoored model, 1: the first curve's point), both in (0, 1).
     curve1_window, curve2_window (`list[float]`): t is drawn from U(low, high) while training.
     max_accuracy_drop (`float`, *optional*): choose t* instead: the point farthest from the backdoored ends whose clean
         accuracy on the held-out images lies at most this many percentage points below the suspect's.
@@ -87,7 +94,8 @@ class TSCConfig(TrainingArguments):
     matching (`str`): `l2` (the paper) or `correlation`.
     move_spaces (`list[str]`): kinds of spaces that may move.
     max_positions (`int`, *optional*): read at most so many positions (pixels, tokens) of each image.
-    statistics_batch_size (`int`): images a forward pass when statistics are collected; BatchNorm statistics depend on it.
+    statistics_batch_size (`int`): images a forward pass when statistics are collected; those of BatchNorm depend on
+        it.
 
     > Parameters that control the loss
 
@@ -142,7 +150,7 @@ class TSCConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite must be seen."})
     save_steps: float = field(default=0.1, metadata={"help": "Checkpoint every so many steps, or share of all steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Items are pixels, not columns."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Items are pixels, not columns."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Statistics are recomputed anyway."})
     hub_strategy: str = field(default="end", metadata={"help": "Never publish half-purified weights."})
 
@@ -166,12 +174,20 @@ class TSCConfig(TrainingArguments):
     def _check(self) -> None:
         for name in ("curve1_t", "curve2_t"):
             if not 0 < getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)}: t must lie strictly between 0 and 1; the ends are backdoored")
+                raise UsageError(
+                    f"{name}={getattr(self, name)}: t must lie strictly between 0 and 1, the ends are backdoored"
+                )
         for name in ("curve1_window", "curve2_window"):
             window = getattr(self, name)
             if len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
                 raise UsageError(f"{name}={window}: expected two numbers with 0 <= low <= high <= 1")
-        for name, allowed in (("matching", MATCHING_METHODS), ("objective", OBJECTIVES), ("augmentation", AUGMENTATIONS)):
+        choices = {
+            "matching": MATCHING_METHODS,
+            "objective": OBJECTIVES,
+            "augmentation": AUGMENTATIONS,
+            "lr_scheduler_type": tuple(SCHEDULES),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if unknown := set(self.move_spaces) - set(KINDS):
@@ -180,8 +196,8 @@ class TSCConfig(TrainingArguments):
             raise UsageError(f"stages={self.stages}: expected 1 (first curve only) or 2 (both)")
         if self.rounds < 1 or (self.curve_steps < 1 and not self.curve_epochs > 0):
             raise UsageError(
-                f"rounds={self.rounds}, curve_epochs={self.curve_epochs}, curve_steps={self.curve_steps}: that makes no "
-                "optimisation step; give at least one round and a positive number of epochs or steps a curve"
+                f"rounds={self.rounds}, curve_epochs={self.curve_epochs}, curve_steps={self.curve_steps}: that makes "
+                "no optimisation step; give at least one round and a positive number of epochs or steps a curve"
             )
         if self.sweep_points < 3:
             raise UsageError(f"sweep_points={self.sweep_points}: at least 3 are needed, two of them the ends")

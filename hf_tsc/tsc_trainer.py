@@ -1,6 +1,6 @@
 """TSCTrainer: Two-stage Symmetry Connectivity as one `Trainer.train()`.
 
-The two curves of every round are segments of one step counter. At a segment's end a callback takes the curve point,
+The curves of all rounds are segments of one step counter. At a segment's end a callback takes the curve point,
 matches, and rewrites start, bend and end in place; checkpoints hold all three, so that resuming is the Trainer's own.
 
     θ   the model at the start of a round            θ'  = π(θ, P'),  P'  un-aligns θ from itself
@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,48 +21,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, SchedulerType, TrainerCallback
 
 from hf_tsc.activations import Batch, collect_statistics
 from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve import CurveModel
+from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
 from hf_tsc.derive import derive_spec, example_inputs, verify
-from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
-from hf_tsc.images import ImagePipeline, collate
+from hf_tsc.errors import PurificationError, UsageError
+from hf_tsc.images import ImagePipeline
 from hf_tsc.matching import match
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, ImageClassification, Objective
 from hf_tsc.permutation import Params, PermutationSpec, apply, moved_fraction
-from hf_tsc.tsc_config import TSCConfig
+from hf_tsc.tsc_config import SCHEDULES, TSCConfig
 
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """A measured point of a curve: `loss` in nats, `score` a fraction (accuracy, or agreement without labels)."""
-
-    t: float
-    loss: float
-    score: float
-    monitors: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CurveResult:
-    """What became of one curve: the sweep over t on the held-out images, and the point taken."""
-
-    round: int
-    stage: int
-    step: int
-    t_star: float
-    sweep: list[CurvePoint]
-    moved: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> CurveResult:
-        return cls(**{**record, "sweep": [CurvePoint(**point) for point in record["sweep"]]})
+Monitor = Callable[[Forward], float]
 
 
 class TSCTrainer(ObjectiveTrainer):
@@ -77,16 +50,18 @@ class TSCTrainer(ObjectiveTrainer):
         eval_dataset: the held-out part of the clean data, same items: sweeps and `max_accuracy_drop` use it.
         processing_class: the model's image processor.
         objective: what the curves are trained for; by default classification, as `args` say.
-        monitors: further measures of each point of a sweep, by name: a function of the point's forward. They are recorded
-            and plotted, and never looked at when a point is chosen (an attack success rate belongs here).
+        monitors: further measures of each point of a sweep, by name: functions of the point's forward. They are
+            recorded and plotted, and never looked at when a point is chosen (an attack success rate belongs here).
         spec: the model's permutation spec; derived from the model when not given. It is verified in any case.
         callbacks: as in `Trainer`.
 
     Raises:
-        UsageError: an empty data set, too few images for a step.
+        UsageError: an empty data set.
         PurificationError: the spec does not verify; a loss or a weight is not finite.
         AccuracyBudgetError: no point of the last curve is within `max_accuracy_drop`.
     """
+
+    args: TSCConfig
 
     def __init__(
         self,
@@ -97,20 +72,24 @@ class TSCTrainer(ObjectiveTrainer):
         eval_dataset: Dataset,
         processing_class: Any,
         objective: Objective | None = None,
-        monitors: Mapping[str, Callable[[Forward], float]] | None = None,
+        monitors: Mapping[str, Monitor] | None = None,
         spec: PermutationSpec | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if len(dataset) == 0:  # type: ignore[arg-type]
                 raise UsageError(f"{name} is empty: give more clean images")
-        score_name = "accuracy" if "labels" in eval_dataset[0] else "agreement"
+        args._n_gpu = min(args.n_gpu, 1)  # a process has one device; the Trainer would wrap several in DataParallel
         inputs = example_inputs(model)
         self.spec = spec if spec is not None else derive_spec(model, inputs)
         self.verification = verify(model, self.spec, inputs)
         self.suspect = copy.deepcopy(model).eval().requires_grad_(False)
+        self.monitors = dict(monitors or {})
+        if objective is None:
+            score_name = "accuracy" if "labels" in eval_dataset[0] else "agreement"
+            objective = _classification(args, processing_class, self.suspect, score_name)
         super().__init__(
-            objective=objective or _default_objective(args, processing_class, self.suspect, score_name),
+            objective=objective,
             model=CurveModel(model),
             args=args,
             train_dataset=train_dataset,
@@ -121,14 +100,12 @@ class TSCTrainer(ObjectiveTrainer):
         self.suspect.to(args.device)
         self.segment_steps = self._segment_steps()
         self.args.max_steps = self.segment_steps * args.stages * args.rounds
-        self.monitors = dict(monitors or {})
-        self._moved = 0.0
         self._baseline: dict[str, float] | None = None
 
-    # --- the course: one step counter, cut into segments --------------------------------------------------------------
+    # --- the course: one step counter, cut into segments ---------------------------------------------------------
 
     def _segment_steps(self) -> int:
-        args: TSCConfig = self.args  # type: ignore[assignment]
+        args = self.args
         if args.curve_steps > 0:
             return args.curve_steps
         batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -141,7 +118,7 @@ class TSCTrainer(ObjectiveTrainer):
 
     def begin(self) -> None:
         """Un-align, and lay the first curve of a training that starts from nothing."""
-        self._begin_first_curve(self._tensors_of(self.suspect))
+        self._begin_first_curve(_tensors_of(self.suspect))
 
     def _begin_first_curve(self, theta: Params) -> None:
         """γ1: from θ to its un-aligned copy θ'."""
@@ -153,55 +130,64 @@ class TSCTrainer(ObjectiveTrainer):
         permutation = self._match([theta1, theta], maximize=True)
         self._lay_curve(apply(theta, self.spec, permutation), theta1)
 
-    def finish_segment(self) -> CurveResult:
-        """Measure the finished curve, take its point and lay the next curve (after the last: its point at both ends)."""
-        curve, step = self.curve, self.state.global_step
+    def finish_segment(self) -> None:
+        """Measure the finished curve, take its point, lay the next curve (after the last: its point at both ends)."""
+        step = self.state.global_step
         round_, stage = self._segment(step - 1)
         last = step >= self.args.max_steps
         sweep = self._sweep()
         t_star = self._choose_t(sweep, stage, last=last)
-        result = CurveResult(round_, stage, step, t_star, sweep, self._moved)
         point = self.point(t_star)
-        taken = self.measure(point)
+        self._record(CurveResult(round_, stage, step, t_star, sweep, self._moved), self.measure(point))
         if last:
             self._lay_curve(point, point)
         elif stage < self.args.stages:
-            self._begin_second_curve(self._with_statistics(curve.start), point)
+            self._begin_second_curve(self._with_statistics(self.curve.start), point)
         else:
             self._begin_first_curve(point)
-        self.state.log_history.append({"step": step, "curve_result": result.to_dict()})
-        scores = {f"clean_{self.objective.score_name}": taken["score"], "clean_loss": taken["loss"]}
-        self.log({"round": round_, "curve": stage, "t": t_star, **scores})
-        return result
 
     def _lay_curve(self, start: Params, end: Params) -> None:
         """A fresh curve: ends and bend in place, no momentum from the one before."""
         for name in self.curve.names:
             if not (torch.isfinite(start[name]).all() and torch.isfinite(end[name]).all()):
-                raise PurificationError(f"the weights of {name} are not finite; lower learning_rate={self.args.learning_rate}")
+                rate = self.args.learning_rate
+                raise PurificationError(f"the weights of {name} are not finite; lower learning_rate={rate}")
         self.curve.set_ends(start, end)
+        assert self.optimizer is not None, "curves are laid while training"
         self.optimizer.state.clear()
+
+    def _record(self, result: CurveResult, taken: dict[str, float]) -> None:
+        # not through `log`: a sweep is a list, which loggers do not take; here it travels with every checkpoint
+        self.state.log_history.append({"step": result.step, "curve_result": result.to_dict()})  # type: ignore[dict-item]
+        scores = {f"clean_{self.objective.score_name}": taken["score"], "clean_loss": taken["loss"]}
+        self.log({"round": result.round, "curve": result.stage, "t": result.t_star, **scores})
 
     @property
     def curve(self) -> CurveModel:
+        """The trained module itself, without the wrappers of a distributed run."""
         return self.accelerator.unwrap_model(self.model)
 
     @property
     def curves(self) -> list[CurveResult]:
         """The finished curves, those before a resume included."""
-        records = (entry.get("curve_result") for entry in self.state.log_history)
+        records: list[Any] = [entry.get("curve_result") for entry in self.state.log_history]
         return [CurveResult.from_dict(record) for record in records if record]
 
-    # --- points ---------------------------------------------------------------------------------------------------------
+    # --- points -------------------------------------------------------------------------------------------------
 
     def point(self, t: float) -> Params:
         """γ(t) of the current curve: parameters, and buffers with recomputed BatchNorm statistics."""
         return self._with_statistics(self.curve.point(t))
 
     def purified_model(self) -> PreTrainedModel:
-        """The result of a finished training, an ordinary model with the suspect's configuration."""
-        if self.state.global_step < self.args.max_steps:
-            raise PurificationError(f"training stands at step {self.state.global_step} of {self.args.max_steps}: nothing to save")
+        """The result of a finished training, an ordinary model with the suspect's configuration.
+
+        Raises:
+            PurificationError: the training is not finished.
+        """
+        step, steps = self.state.global_step, self.args.max_steps
+        if step < steps:
+            raise PurificationError(f"training stands at step {step} of {steps}: there is no purified model yet")
         model = copy.deepcopy(self.suspect)
         model.load_state_dict({**model.state_dict(), **self.point(0.0)})
         return model.requires_grad_(True)
@@ -211,24 +197,20 @@ class TSCTrainer(ObjectiveTrainer):
         detached = {name: tensor.detach() for name, tensor in params.items()}
         return {**detached, **recompute_statistics(self.suspect, detached, self._clean_batches(), buffers)}
 
-    def _tensors_of(self, model: nn.Module) -> Params:
-        return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
-
-    def _loader(self, dataset: Any) -> Iterator[Batch]:
-        loader: Any = DataLoader(
-            dataset, batch_size=self.args.statistics_batch_size, collate_fn=self.data_collator, shuffle=False
-        )
+    def _batches(self, dataset: Any) -> Iterator[Batch]:
+        size = self.args.statistics_batch_size
+        loader: Any = DataLoader(dataset, batch_size=size, collate_fn=self.data_collator, shuffle=False)
         for batch in loader:
-            yield self._prepare_inputs(batch)  # type: ignore[misc]
+            yield self._prepare_inputs(batch)
 
     def _clean_batches(self) -> Iterator[Batch]:
         """The training part in fixed order, without augmentation."""
-        return (self.objective.model_inputs(batch) for batch in self._loader(self.train_dataset))
+        return (self.objective.model_inputs(batch) for batch in self._batches(self.train_dataset))
 
-    # --- matching -------------------------------------------------------------------------------------------------------
+    # --- matching -----------------------------------------------------------------------------------------------
 
     def _match(self, points: list[Params], *, maximize: bool) -> dict[str, Tensor]:
-        args: TSCConfig = self.args  # type: ignore[assignment]
+        args = self.args
         statistics = collect_statistics(
             self.suspect,
             self.spec.taps,
@@ -237,16 +219,23 @@ class TSCTrainer(ObjectiveTrainer):
             max_positions=args.max_positions,
             seed=args.seed,
         )
-        permutation = match(self.spec, statistics, maximize=maximize, method=args.matching, kinds=args.move_spaces)  # type: ignore[arg-type]
+        kinds: Any = args.move_spaces
+        permutation = match(self.spec, statistics, maximize=maximize, method=args.matching, kinds=kinds)
         moved = moved_fraction(permutation)
-        self._moved = sum(moved.values()) / max(len(moved), 1)
+        share = sum(moved.values()) / max(len(moved), 1)
+        self.state.log_history.append({"step": self.state.global_step, "moved": share})
         return permutation
 
-    # --- measuring ------------------------------------------------------------------------------------------------------
+    @property
+    def _moved(self) -> float:
+        """Share of units moved by the last matching; from the log, which travels with every checkpoint."""
+        return next(entry["moved"] for entry in reversed(self.state.log_history) if "moved" in entry)
+
+    # --- measuring ----------------------------------------------------------------------------------------------
 
     def measure(self, tensors: Params) -> dict[str, float]:
         """`loss` and `score` of a point on the held-out images."""
-        return self.objective.evaluate(self._forward_at(tensors), self._loader(self.eval_dataset))
+        return self.objective.evaluate(self._forward_at(tensors), self._batches(self.eval_dataset))
 
     def _forward_at(self, tensors: Params) -> Forward:
         def forward(**inputs: Tensor) -> Any:
@@ -258,44 +247,29 @@ class TSCTrainer(ObjectiveTrainer):
     def baseline(self) -> dict[str, float]:
         """`loss` and `score` of the suspect on the held-out images."""
         if self._baseline is None:
-            self._baseline = self.measure(self._tensors_of(self.suspect))
+            self._baseline = self.measure(_tensors_of(self.suspect))
         return self._baseline
 
     def _sweep(self) -> list[CurvePoint]:
-        sweep = []
-        for t in np.linspace(0, 1, self.args.sweep_points).tolist():
-            point = self.point(t)
-            measured = self.measure(point)
-            if not math.isfinite(measured["loss"]):
-                raise PurificationError(f"the loss at t={t:.2f} is not finite; lower learning_rate={self.args.learning_rate}")
-            monitored = {name: monitor(self._forward_at(point)) for name, monitor in self.monitors.items()}
-            sweep.append(CurvePoint(round(t, 4), measured["loss"], measured["score"], monitored))
-        return sweep
+        return [self._measured_point(t) for t in np.linspace(0, 1, self.args.sweep_points).round(4).tolist()]
+
+    def _measured_point(self, t: float) -> CurvePoint:
+        point = self.point(t)
+        measured = self.measure(point)
+        if not math.isfinite(measured["loss"]):
+            rate = self.args.learning_rate
+            raise PurificationError(f"the loss at t={t} is not finite; lower learning_rate={rate}")
+        monitored = {name: monitor(self._forward_at(point)) for name, monitor in self.monitors.items()}
+        return CurvePoint(t, measured["loss"], measured["score"], monitored)
 
     def _choose_t(self, sweep: list[CurvePoint], stage: int, *, last: bool) -> float:
-        """t*: as configured, or the point farthest from the backdoored ends that keeps the accuracy.
+        """t*: as configured, or by the accuracy budget."""
+        drop = self.args.max_accuracy_drop
+        if drop is None:
+            return self.args.curve1_t if stage == 1 else self.args.curve2_t
+        return choose_point(sweep, stage=stage, baseline=self.baseline["score"], max_drop=drop, last=last)
 
-        Both ends of the first curve are backdoored: the farthest point is the middle. Of the second only the start is.
-        The first of two curves may miss the budget, as the second wins accuracy back: then its middle is taken.
-        """
-        args: TSCConfig = self.args  # type: ignore[assignment]
-        if args.max_accuracy_drop is None:
-            return args.curve1_t if stage == 1 else args.curve2_t
-        lowest = self.baseline["score"] - args.max_accuracy_drop / 100 - 1e-9
-        inner = [p for p in sweep if 0 < p.t < 1]
-        within = [p.t for p in inner if p.score >= lowest]
-        if within:
-            return max(within, key=lambda t: min(t, 1 - t) if stage == 1 else t)
-        if not last:
-            return 0.5
-        best = max(inner, key=lambda p: p.score)
-        raise AccuracyBudgetError(
-            f"no point keeps the {self.objective.score_name} within max_accuracy_drop={args.max_accuracy_drop} points: before "
-            f"{100 * self.baseline['score']:.1f} %, best reached {100 * best.score:.1f} % at t={best.t} of the last curve; "
-            "allow a larger drop, give more clean images or train longer"
-        )
-
-    # --- the Trainer's methods that have to differ ------------------------------------------------------------------------
+    # --- the Trainer's methods that have to differ ----------------------------------------------------------------
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -310,22 +284,21 @@ class TSCTrainer(ObjectiveTrainer):
         return low + (high - low) * float(np.random.default_rng([self.args.seed, step]).random())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All of them, as in the paper: the Trainer would leave out biases and norms by the names of wrapped tensors."""
+        """All trained ones, as in the paper; the Trainer would leave out biases and norms, by their names."""
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
         """The schedule starts anew at every segment and reaches 0 at its end."""
         if self.lr_scheduler is None:
-            shape = _SCHEDULES.get(str(self.args.lr_scheduler_type.value))
-            if shape is None:
-                raise UsageError(f"lr_scheduler_type={self.args.lr_scheduler_type.value}: expected one of {', '.join(_SCHEDULES)}")
+            shape = SCHEDULES[str(SchedulerType(self.args.lr_scheduler_type).value)]
             steps, warmup = self.segment_steps, self.args.get_warmup_steps(self.segment_steps)
 
             def factor(step: int) -> float:
                 k = step % steps if step < num_training_steps else steps
                 return (k + 1) / (warmup + 1) if k < warmup else shape((k - warmup) / max(steps - warmup, 1))
 
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            trained: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(trained, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -340,13 +313,14 @@ class TSCTrainer(ObjectiveTrainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A user's call saves the purified model; the Trainer's own, for checkpoints, the curve with its three ends."""
+        """A user's call saves the purified model; the Trainer's own, for checkpoints, the curve with its ends."""
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
         elif self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            self.purified_model().save_pretrained(folder)  # type: ignore[arg-type]
-            self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+            folder: Any = output_dir or self.args.output_dir
+            processor: Any = self.processing_class
+            self.purified_model().save_pretrained(folder)
+            processor.save_pretrained(folder)
 
 
 class _SegmentCallback(TrainerCallback):
@@ -361,17 +335,17 @@ class _SegmentCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.trainer.segment_steps == 0:
+            due = control.should_log
             self.trainer.finish_segment()
+            control.should_log = due  # cleared by what was logged meanwhile; the loss of this step is still to come
 
 
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
+def _tensors_of(model: nn.Module) -> Params:
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-_SCHEDULES = {"cosine": _cosine, "linear": lambda progress: 1 - progress, "constant": lambda progress: 1.0}
-
-
-def _default_objective(args: TSCConfig, processor: Any, suspect: nn.Module, score_name: str) -> ImageClassification:
+def _classification(args: TSCConfig, processor: Any, suspect: nn.Module, score_name: str) -> ImageClassification:
+    """The objective that the arguments describe; without labels the suspect also answers for them in measures."""
     return ImageClassification(
         ImagePipeline(processor),
         augmentation=args.augmentation,

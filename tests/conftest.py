@@ -5,6 +5,7 @@ import sys
 import tempfile
 
 import pytest
+import torch
 from loopback_hub import LoopbackHub
 
 # The Hub's address is frozen when huggingface_hub is imported, so it must be known before.
@@ -23,6 +24,7 @@ os.environ |= {
     "TRANSFORMERS_VERBOSITY": "error",
     "NO_PROXY": "127.0.0.1",
 }
+torch.set_num_threads(1)  # the models are tiny: threads only wait for each other, and for those of other workers
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Suspect models: what is refused before loading, what loading guarantees, and the pull through a real client."""
 
+import io
 import json
+import logging
 import os
 import shutil
 import sys
@@ -110,23 +112,31 @@ def shard(folder: Path) -> Path:
 # Folders
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_healthy_model_loads_bit_exactly_and_silently(saved, name, capfd, monkeypatch):
-    make, auto_class, attention = MODELS[name]
-    # As for a user who silenced nothing; the environment of the tests would hide the noise.
+@pytest.fixture
+def noise(monkeypatch):
+    """What transformers logs, as for a user who silenced nothing; the environment of the tests would hide it."""
     monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    transformers.logging.add_handler(handler)
     transformers.logging.set_verbosity_warning()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model, dtype = load_model(resolve_model(str(saved[name])), auto_class=auto_class)
-        assert transformers.logging.get_verbosity() == transformers.logging.WARNING
-        assert transformers.logging.is_progress_bar_enabled()
-    finally:
-        transformers.logging.set_verbosity_error()
+    yield stream
+    assert transformers.logging.get_verbosity() == transformers.logging.WARNING
+    assert transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.remove_handler(handler)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_healthy_model_loads_bit_exactly_and_silently(saved, name, capfd, noise):
+    make, auto_class, attention = MODELS[name]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, dtype = load_model(resolve_model(str(saved[name])), auto_class=auto_class)
     assert caught == []
     assert capfd.readouterr() == ("", "")
+    assert noise.getvalue() == ""
     assert isinstance(model, make().__class__)
     assert not model.training
     assert dtype == torch.float32
@@ -403,15 +413,20 @@ def test_image_processor(saved):
     assert load_image_processor(source_of(saved["vit"])).size["height"] == 8
 
 
-def test_image_processor_loads_silently(folder, capfd):
-    # Without torchvision transformers logs a line at the first use of a class, so this one must be used nowhere else.
-    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "PoolFormerImageProcessor"}')
-    transformers.logging.set_verbosity_warning()
-    try:
-        load_image_processor(source_of(folder))
-    finally:
-        transformers.logging.set_verbosity_error()
-    assert capfd.readouterr() == ("", "")
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"image_processor_type": "PoolFormerImageProcessor"},  # each used nowhere else: some lines are logged once
+        {"image_processor_type": "LevitImageProcessorFast"},
+        {"feature_extractor_type": "ConvNextFeatureExtractor"},
+        {},
+    ],
+    ids=str,
+)
+def test_image_processor_loads_silently(folder, noise, declared):
+    (folder / "preprocessor_config.json").write_text(json.dumps(declared))
+    load_image_processor(source_of(folder))
+    assert noise.getvalue() == ""
 
 
 @pytest.mark.parametrize(

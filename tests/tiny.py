@@ -47,12 +47,24 @@ TRANSFORMER = {
 
 
 def resnet(**changes) -> PreTrainedModel:
-    config = {"embedding_size": 6, "hidden_sizes": [6, 8], "depths": [2, 1], "layer_type": "basic", "num_labels": LABELS}
+    config = {
+        "embedding_size": 6,
+        "hidden_sizes": [6, 8],
+        "depths": [2, 1],
+        "layer_type": "basic",
+        "num_labels": LABELS,
+    }
     return ResNetForImageClassification(ResNetConfig(**{**config, **changes}))
 
 
 def clip() -> PreTrainedModel:
-    text = {"vocab_size": 20, "hidden_size": 10, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 9}
+    text = {
+        "vocab_size": 20,
+        "hidden_size": 10,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 9,
+    }
     text |= {"max_position_embeddings": 8, "bos_token_id": 18, "eos_token_id": 19, "pad_token_id": 19}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=TRANSFORMER, projection_dim=7))
 
@@ -89,7 +101,7 @@ def tensors(module: nn.Module) -> Params:
 
 
 def randomise(module: nn.Module, *, seed: int = 1) -> None:
-    """Fill every floating tensor of a module with random numbers, in place: no mistake hides behind a zero or a one."""
+    """Fill every floating tensor with random numbers, in place: no mistake hides behind a zero or a one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -113,13 +125,15 @@ def inputs(module: PreTrainedModel, *, batch_size: int = 3) -> dict[str, Tensor]
 
 
 def random_permutation(spec: PermutationSpec, *, seed: int = 0) -> dict[str, Tensor]:
-    """A uniformly random permutation of every space, another one in each block of a nested space."""
+    """A random permutation of every space, another one in each block of a nested space; never the identity."""
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for name in spec.spaces:
         *blocks, size = spec.shape(name)
-        rows = [torch.randperm(size, generator=generator) for _ in range(blocks[0] if blocks else 1)]
-        result[name] = torch.stack(rows).view(*blocks, size)
+        drawn = still = torch.arange(size).expand(*blocks, size)
+        while torch.equal(drawn, still):
+            drawn = torch.rand(*blocks, size, generator=generator).argsort(-1)
+        result[name] = drawn
     return result
 
 

@@ -99,14 +99,19 @@ def broadcast(values: Sequence[Value], rank: int) -> list[Tree]:
     return result
 
 
-# --- element by element -----------------------------------------------------------------------------------------------
+# --- element by element -------------------------------------------------------------------------------------------
 
-POINTWISE = """relu relu_ gelu silu silu_ sigmoid sigmoid_ tanh tanh_ hardswish hardswish_ hardsigmoid hardtanh hardtanh_
-relu6 leaky_relu elu mish softplus exp log sqrt rsqrt square pow abs neg sin cos erf reciprocal clamp clamp_min clamp_max
-sub mul mul_ div div_ sub_ maximum minimum where eq ne ge gt le lt logical_and logical_or logical_not bitwise_and
-bitwise_or bitwise_not __and__ __or__ floor_divide remainder rsub masked_fill masked_fill_ copy_ type_as floor round
-dropout dropout_ feature_dropout contiguous clone detach detach_ alias to _to_copy lift_fresh_copy lift_fresh
-softmax _softmax log_softmax isnan isinf nan_to_num fill_ zero_ sign""".split()
+POINTWISE = (
+    "relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "hardswish", "hardswish_",
+    "hardsigmoid", "hardtanh", "hardtanh_", "relu6", "leaky_relu", "elu", "mish", "softplus", "exp", "log", "sqrt",
+    "rsqrt", "square", "pow", "abs", "neg", "sin", "cos", "erf", "reciprocal", "clamp", "clamp_min", "clamp_max",
+    "sub", "mul", "mul_", "div", "div_", "sub_", "maximum", "minimum", "where", "eq", "ne", "ge", "gt", "le", "lt",
+    "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "__and__", "__or__",
+    "floor_divide", "remainder", "rsub", "masked_fill", "masked_fill_", "copy_", "type_as", "floor", "round",
+    "dropout", "dropout_", "feature_dropout", "contiguous", "clone", "detach", "detach_", "alias", "to",
+    "_to_copy", "lift_fresh_copy", "lift_fresh", "softmax", "_softmax", "log_softmax", "isnan", "isinf",
+    "nan_to_num", "fill_", "zero_", "sign",
+)  # fmt: skip
 
 
 @rule(*POINTWISE)
@@ -123,7 +128,7 @@ def addition(trace: Trace, node: GraphNode) -> list[Tree]:
     return axes
 
 
-# --- linear maps ------------------------------------------------------------------------------------------------------
+# --- linear maps --------------------------------------------------------------------------------------------------
 
 
 @rule("linear")
@@ -205,7 +210,7 @@ def embedding(trace: Trace, node: GraphNode) -> list[Tree]:
     return [*ids.axes, weight.axes[1]]
 
 
-# --- normalisation ----------------------------------------------------------------------------------------------------
+# --- normalisation ------------------------------------------------------------------------------------------------
 
 
 @rule("batch_norm")
@@ -235,7 +240,7 @@ def group_norm(trace: Trace, node: GraphNode) -> list[Tree]:
     return [x.axes[0], channels, *x.axes[2:]]
 
 
-# --- reductions and pooling -------------------------------------------------------------------------------------------
+# --- reductions and pooling ---------------------------------------------------------------------------------------
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "any", "all", "norm", "linalg_vector_norm", "logsumexp", "prod")
@@ -266,7 +271,8 @@ def _reduce(x: Value, dims: Any, shape: tuple[int, ...]) -> list[Tree]:
 
 @rule(
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "avg_pool1d", "adaptive_avg_pool1d",
-    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
+    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "_upsample_bicubic2d_aa",
+    "_upsample_bilinear2d_aa",
 )  # fmt: skip
 def pooling(trace: Trace, node: GraphNode) -> list[Tree]:
     x = trace.value(node.args[0])
@@ -275,7 +281,7 @@ def pooling(trace: Trace, node: GraphNode) -> list[Tree]:
     return [*x.axes[:2], *(frozen(size, "spatial position") for size in output_shape(node)[2:])]
 
 
-# --- shape changes ----------------------------------------------------------------------------------------------------
+# --- shape changes ------------------------------------------------------------------------------------------------
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -417,7 +423,7 @@ def pad(trace: Trace, node: GraphNode) -> list[Tree]:
     return result
 
 
-# --- constants --------------------------------------------------------------------------------------------------------
+# --- constants ----------------------------------------------------------------------------------------------------
 
 
 @rule(

@@ -52,7 +52,9 @@ def fixed_outputs(output: Mapping[str, Any]) -> tuple[Tensor, ...]:
     for names in FIXED_OUTPUTS:
         if all(isinstance(output.get(name), Tensor) for name in names):
             return tuple(output[name] for name in names)
-    raise PurificationError(f"the model returns {sorted(output)}: expected logits, image and text embeddings or a last hidden state")
+    raise PurificationError(
+        f"the model returns {sorted(output)}: expected logits, image and text embeddings or a last hidden state"
+    )
 
 
 def derive_spec(model: nn.Module, inputs: Mapping[str, Tensor]) -> PermutationSpec:
@@ -80,7 +82,9 @@ def _export(model: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
         return torch.export.export(wrapped, (), meta, strict=False)
     except Exception as error:  # torch.export raises many types; each means the same here
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PurificationError(f"the graph of {type(model).__name__} cannot be exported, so its symmetries are unknown: {line}") from error
+        raise PurificationError(
+            f"the graph of {type(model).__name__} cannot be exported, so its symmetries are unknown: {line}"
+        ) from error
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
@@ -98,7 +102,9 @@ def _propagate(program: ExportedProgram, first_names: Mapping[str, str]) -> tupl
     trace, tensors = Trace(), {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            trace.values[node] = _placeholder(node, is_tensor=node.name in names, is_input=node.name in signature.user_inputs)
+            trace.values[node] = _placeholder(
+                node, is_tensor=node.name in names, is_input=node.name in signature.user_inputs
+            )
             if node.name in names:
                 name = tensors[node] = first_names[names[node.name].removeprefix("model.")]
                 trace.values[node] = values.setdefault(name, trace.values[node])
@@ -137,7 +143,7 @@ def _call(trace: Trace, node: GraphNode) -> Any:
         if name.endswith("_") and not name.startswith("__"):
             trace.values[node.args[0]] = value  # type: ignore[index]
         return value
-    return [Value(tuple(a.size for a in one), one, from_input) for one in axes or []]  # type: ignore[union-attr, misc, arg-type]
+    return [Value(tuple(a.size for a in one), one, from_input) for one in axes or []]  # type: ignore[union-attr, arg-type]
 
 
 class _SpecBuilder:
@@ -187,7 +193,7 @@ class _SpecBuilder:
         return isinstance(self.modules[_calling_module(use)], nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
     def _freeze_unread(self) -> None:
-        """Freeze what the forward pass never uses, and what no linear layer reads or makes: it could not be matched."""
+        """Freeze what the forward pass never uses, and what no linear layer reads or makes (it has no tap)."""
         used = {name for node, name in self.tensors.items() if node.users}
         for name in self.trees.keys() - used:
             for tree in self.trees[name]:
@@ -244,13 +250,16 @@ class _SpecBuilder:
         return names
 
     def _taps(self) -> list[Tap]:
-        """Inputs of the linear maps that read a space, once per traced tensor; outputs of its makers where none reads it."""
-        taps, seen, read = [], set(), set()
+        """Inputs of the maps that read a space, once per traced tensor; outputs of its makers where none reads it."""
+        taps: list[Tap] = []
+        seen: set[tuple[object, object]] = set()
+        read: set[Node] = set()
         for side in ("input", "output"):
             for use in self.uses:
                 module = _calling_module(use)
                 moving = {n for n in leaves(self.trace.value(use.node).axes[use.dim]) if n.reason is None}
-                places = {(use.node, use.dim), (module, side)}  # a layer that is called twice is one tap
+                places: set[tuple[object, object]] = {(use.node, use.dim), (module, side)}
+                # a layer that is called twice is one tap
                 if use.side != side or places & seen or not moving - read:
                     continue
                 seen |= places
@@ -270,7 +279,7 @@ def _calling_module(use: Use) -> str:
 
 
 def _outer_factors(tree: Tree, outer: Node | None, found: dict[Node, Node | None]) -> None:
-    """Record for every leaf the nearest moving factor on its left; None when it also stands without one, or another."""
+    """Record for every leaf the nearest moving factor on its left; None when it has several, or stands without."""
     tree = resolve(tree)
     if isinstance(tree, Node):
         found[tree] = outer if found.get(tree, outer) is outer else None
@@ -286,13 +295,13 @@ def _outer_factors(tree: Tree, outer: Node | None, found: dict[Node, Node | None
 
 
 def _main_prefix(names: list[str]) -> str:
-    """The longest module path under which at least 60 % of the tensors lie."""
+    """The longest module path under which at least three quarters of the tensors lie."""
     counts: dict[str, int] = defaultdict(int)
     for name in names:
         parts = name.split(".")[:-1]
         for depth in range(1, len(parts) + 1):
             counts[".".join(parts[:depth])] += 1
-    shared = [path for path, count in counts.items() if count >= 0.6 * len(names)]
+    shared = [path for path, count in counts.items() if count >= 0.75 * len(names)]
     return max(shared, key=lambda path: path.count("."), default="")
 
 

@@ -1,13 +1,13 @@
-"""Axis trees while they are being solved for: union-find nodes that can later be refined to a product or concatenation.
+"""Axis trees while they are being solved for: union-find nodes that can later be refined.
 
-Every tensor axis of a traced graph carries a tree. `unify` states that two axes must move together. A node that meets a
-finer tree is *bound* to it, and every axis that shares the node sees the refinement. Where two trees cannot be matched
-both are frozen: that loses a symmetry, never correctness.
+Every tensor axis of a traced graph carries a tree. `unify` states that two axes must move together. A node that meets
+a finer tree (a product or concatenation) is *bound* to it, and every axis that shares the node sees the refinement.
+Where two trees cannot be matched both are frozen: that loses a symmetry, never correctness.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import TypeAlias
 
@@ -88,19 +88,19 @@ def _flat(tree: Tree, kind: type) -> tuple[Tree, ...]:
     return (frozen(tree.size, "expanded"),) if isinstance(tree, Free) else (tree,)
 
 
-def _merge_frozen(children: list, combine) -> list:  # type: ignore[no-untyped-def, type-arg]
-    merged: list = []  # type: ignore[type-arg]
+def _merge_frozen(children: list[Tree], combine: Callable[[int, int], int]) -> list[Tree]:
+    merged: list[Tree] = []
     for child in children:
-        previous = merged[-1] if merged else None
-        if _is_frozen_node(previous) and _is_frozen_node(child):
-            merged[-1] = frozen(combine(previous.size, child.size), previous.reason)
+        reason = _frozen_reason(merged[-1]) if merged else None
+        if reason is not None and _frozen_reason(child) is not None:
+            merged[-1] = frozen(combine(merged[-1].size, child.size), reason)
         else:
             merged.append(child)
     return merged
 
 
-def _is_frozen_node(tree: object) -> bool:
-    return isinstance(tree, Node) and tree.bound is None and tree.reason is not None
+def _frozen_reason(tree: Tree) -> str | None:
+    return tree.reason if isinstance(tree, Node) and tree.bound is None else None
 
 
 def leaves(tree: Tree) -> Iterator[Node]:
@@ -130,6 +130,7 @@ def unify(a: Tree, b: Tree, reason: str = "axes that do not match") -> None:
     if isinstance(a, Node) and isinstance(b, Node):
         _union(a, b)
     elif isinstance(a, Node):
+        assert not isinstance(b, Node)
         _bind(a, b, reason)
     elif isinstance(b, Node):
         _bind(b, a, reason)
@@ -138,8 +139,10 @@ def unify(a: Tree, b: Tree, reason: str = "axes that do not match") -> None:
     elif isinstance(a, Cat) and isinstance(b, Cat):
         for x, y in zip(*_common_cuts(a, b), strict=True):
             unify(x, y, reason)
-    else:
-        _unify_copies(*((a, b) if isinstance(a, Prod) else (b, a)), reason)
+    elif isinstance(a, Prod) and isinstance(b, Cat):
+        _unify_copies(a, b, reason)
+    elif isinstance(a, Cat) and isinstance(b, Prod):
+        _unify_copies(b, a, reason)
 
 
 def _union(a: Node, b: Node) -> None:

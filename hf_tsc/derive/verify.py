@@ -97,7 +97,7 @@ class Probe:
 
 
 def randomised(model: nn.Module, *, seed: int) -> Params:
-    """Random values for every floating tensor: U(0.5, 1.5) for vectors (scales, biases, statistics), else N(0, 1/fan-in)."""
+    """Random values for every floating tensor: U(0.5, 1.5) for vectors (scales, statistics), else N(0, 1/fan-in)."""
     generator = torch.Generator().manual_seed(seed)
     result: Params = {}
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():

@@ -1,0 +1,408 @@
+"""The course of a purification: segments, curves, schedules, seeds, checkpoints, and what comes out of it."""
+
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessorPil
+
+from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
+from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
+from hf_tsc.tsc_config import PAPER_PRESET, TSCConfig
+from hf_tsc.tsc_trainer import TSCTrainer
+
+STEPS, ROUNDS = 3, 2
+LAST = 2 * STEPS * ROUNDS
+
+
+def config(folder, **changes) -> TSCConfig:
+    options = {
+        "rounds": ROUNDS,
+        "curve_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "sweep_points": 3,
+        "statistics_batch_size": 16,
+        "learning_rate": 0.1,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    fixed = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    return TSCConfig(**{**options, **fixed, **changes})
+
+
+def trainer(folder, family="vit", *, model=None, callbacks=None, monitors=None, **changes) -> TSCTrainer:
+    return TSCTrainer(
+        model if model is not None else tiny.model(family),
+        config(folder, **changes),
+        train_dataset=tiny.digits(0, 16),
+        eval_dataset=tiny.digits(16, 32),
+        processing_class=tiny.processor(),
+        spec=tiny.spec(family),
+        callbacks=callbacks,
+        monitors=monitors,
+    )
+
+
+def weights(made: TSCTrainer) -> dict[str, torch.Tensor]:
+    """Start, bend and end of the curve as it stands, and the buffers."""
+    return {name: t.detach().clone() for name, t in made.curve.state_dict().items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Recorder(TrainerCallback):
+    """What every step was taken with, and what it left."""
+
+    def __init__(self):
+        self.rates, self.points, self.momenta, self.curves = [], [], [], []
+
+    def on_pre_optimizer_step(self, args, state, control, *, model, optimizer, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.points.append(self.trainer.curve.t)
+        self.curves.append({name: t.clone() for name, t in self.trainer.curve.start.items()})
+
+    def on_step_end(self, args, state, control, *, optimizer, **kwargs):
+        self.momenta.append(len(optimizer.state))
+
+
+def recorded(folder, family="vit", **changes) -> tuple[TSCTrainer, Recorder]:
+    recorder = Recorder()
+    made = trainer(folder, family, callbacks=[recorder], **changes)
+    recorder.trainer = made
+    made.train()
+    return made, recorder
+
+
+@pytest.fixture(scope="module", params=tiny.CLASSIFIERS)
+def run(request, tmp_path_factory):
+    """Two rounds with a checkpoint at every second step: in the middle of a segment, and on a boundary."""
+    folder = tmp_path_factory.mktemp(request.param)
+    suspect = tiny.model(request.param)
+    before = tiny.tensors(suspect)
+    recorder = Recorder()
+    made = trainer(
+        folder,
+        request.param,
+        model=suspect,
+        callbacks=[recorder],
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=None,
+    )
+    recorder.trainer = made
+    made.train()
+    return request.param, folder, suspect, before, made, recorder
+
+
+class TestCourse:
+    def test_one_curve_a_round_and_stage(self, run):
+        made = run[4]
+        assert made.state.global_step == LAST
+        assert [(c.round, c.stage, c.step, c.t_star) for c in made.curves] == [
+            (1, 1, 3, 0.5),
+            (1, 2, 6, 0.4),
+            (2, 1, 9, 0.5),
+            (2, 2, 12, 0.4),
+        ]
+        for curve in made.curves:
+            assert [point.t for point in curve.sweep] == [0, 0.5, 1]
+            assert all(math.isfinite(p.loss) and 0 <= p.score <= 1 for p in curve.sweep)
+            assert 0 < curve.moved <= 1
+
+    def test_both_ends_of_the_first_curve_are_the_suspect(self, run):
+        made = run[4]
+        start, _, end = made.curves[0].sweep
+        assert start.loss == pytest.approx(end.loss, rel=1e-5)
+        assert start.score == end.score
+
+    def test_curves_follow_each_other(self, run):
+        """The second curve ends where the first was left; the next round starts where the second was left."""
+        first, second, third, _ = run[4].curves
+        taken = [entry["clean_loss"] for entry in run[4].state.log_history if "clean_loss" in entry]
+        assert first.sweep[1].loss == taken[0] == pytest.approx(second.sweep[2].loss, rel=1e-6)
+        assert third.sweep[0].loss == pytest.approx(taken[1], rel=1e-6)
+        # θ'' is the suspect moved: the same loss as at the start of the round
+        assert second.sweep[0].loss == pytest.approx(first.sweep[0].loss, rel=1e-4)
+
+    def test_the_first_start_is_the_suspect_and_ends_stay_within_a_segment(self, run):
+        *_, before, _, recorder = run
+        assert all(torch.equal(t, before[name]) for name, t in recorder.curves[0].items())
+        for step in range(LAST - 1):
+            same_curve = (step + 1) % STEPS != 0
+            assert same(recorder.curves[step], recorder.curves[step + 1]) == same_curve
+
+    def test_the_schedule_starts_anew_at_every_segment(self, run):
+        closed = [0.1 * 0.5 * (1 + math.cos(math.pi * (step % STEPS) / STEPS)) for step in range(LAST)]
+        assert run[5].rates == pytest.approx(closed)
+
+    def test_no_momentum_across_a_boundary(self, run):
+        trained = len(run[4].curve.bend)
+        assert run[5].momenta == [0 if (step + 1) % STEPS == 0 else trained for step in range(LAST)]
+
+    def test_every_step_logs_its_own_loss(self, run):
+        losses = [entry["step"] for entry in run[4].state.log_history if "loss" in entry]
+        assert losses == list(range(1, LAST + 1))
+
+    def test_t_is_a_function_of_seed_and_step(self, run):
+        expected = [np.random.default_rng([42, step]).random() for step in range(LAST)]
+        assert run[5].points == pytest.approx(expected)
+
+    def test_the_callers_model_is_untouched(self, run):
+        _, _, suspect, before, *_ = run
+        assert same(tiny.tensors(suspect), before)
+        assert all(p.requires_grad and p.grad is None for p in suspect.parameters())
+
+    def test_evaluate_measures_what_comes_out(self, run):
+        made = run[4]
+        metrics = made.evaluate()
+        found = made.measure(tiny.tensors(made.purified_model()))
+        assert metrics["eval_loss"] == pytest.approx(found["loss"], rel=1e-6)
+        assert metrics["eval_accuracy"] == found["score"]
+
+
+class TestResult:
+    def test_the_purified_model_is_the_point_taken(self, run):
+        _, _, suspect, before, made, _ = run
+        purified = made.purified_model()
+        assert type(purified) is type(suspect)
+        assert purified.config.to_dict() == suspect.config.to_dict()
+        assert purified.state_dict().keys() == suspect.state_dict().keys()
+        assert not purified.training
+        assert all(p.requires_grad for p in purified.parameters())
+        assert not any(torch.equal(p, before[name]) for name, p in purified.named_parameters())
+        measured = made.measure(tiny.tensors(purified))
+        taken = [entry["clean_loss"] for entry in made.state.log_history if "clean_loss" in entry]
+        assert measured["loss"] == pytest.approx(taken[-1], rel=1e-6)
+
+    def test_saving_writes_a_folder_that_loads(self, run, tmp_path):
+        made = run[4]
+        made.save_model(str(tmp_path / "purified"))
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "purified").eval()
+        assert same(dict(loaded.state_dict()), dict(made.purified_model().state_dict()))
+        processor = ViTImageProcessorPil.from_pretrained(tmp_path / "purified")
+        assert processor.to_dict() == tiny.processor().to_dict()
+
+    def test_nothing_to_save_before_the_end(self, run, tmp_path):
+        made = trainer(tmp_path)
+        with pytest.raises(PurificationError, match="training stands at step 0 of 12: there is no purified model yet"):
+            made.save_model(str(tmp_path / "purified"))
+        assert not (tmp_path / "purified").exists()
+
+
+class TestResume:
+    @pytest.mark.parametrize("step", [4, 6])
+    def test_bit_exact(self, run, tmp_path, step):
+        """In the middle of a segment, and on a boundary."""
+        family, folder, _, _, made, _ = run
+        again = trainer(tmp_path, family, save_strategy="no")
+        again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        assert same(weights(again), weights(made))
+        assert again.curves == made.curves
+        assert same(dict(again.purified_model().state_dict()), dict(made.purified_model().state_dict()))
+
+
+class TestSeeds:
+    def test_the_same_seed_gives_the_same_weights_and_another_one_others(self, tmp_path):
+        runs = [recorded(tmp_path, rounds=1, stages=1, seed=seed)[0] for seed in (1, 1, 2)]
+        first, again, other = (weights(made) for made in runs)
+        assert same(first, again)
+        assert not same(first, other)
+
+    def test_windows(self, tmp_path):
+        _, recorder = recorded(tmp_path, rounds=1, curve1_window=[0.4, 0.6], curve2_window=[0.9, 0.9], seed=5)
+        drawn = [np.random.default_rng([5, step]).random() for step in range(STEPS)]
+        assert recorder.points == pytest.approx([*(0.4 + 0.2 * x for x in drawn), 0.9, 0.9, 0.9])
+
+
+class TestAccumulation:
+    def test_two_micro_batches_are_one_batch(self, tmp_path):
+        options = {"rounds": 1, "stages": 1, "augmentation": "none"}
+        whole, drawn = recorded(tmp_path, per_device_train_batch_size=8, **options)
+        parts, also = recorded(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **options)
+        assert whole.segment_steps == parts.segment_steps == STEPS
+        assert drawn.points == also.points
+        losses = [[entry["loss"] for entry in made.state.log_history if "loss" in entry] for made in (whole, parts)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        a, b = weights(whole), weights(parts)
+        start = tiny.tensors(tiny.model("vit"))
+        moved = max((whole.point(0.0)[name] - start[name]).abs().max() for name in start)
+        assert moved > 1e-3
+        assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-5) for name in a)
+
+    @pytest.mark.parametrize(
+        ("changes", "steps"),
+        [
+            ({"curve_epochs": 5.0}, 10),
+            ({"curve_epochs": 5.0, "gradient_accumulation_steps": 2}, 5),
+            ({"curve_epochs": 0.1}, 1),
+            ({"curve_epochs": 5.0, "per_device_train_batch_size": 5}, 20),
+            ({"curve_epochs": 5.0, "curve_steps": 7}, 7),
+        ],
+    )
+    def test_steps_a_curve(self, tmp_path, changes, steps):
+        made = trainer(tmp_path, **{"curve_steps": -1, **changes})
+        assert made.segment_steps == steps
+        assert made.args.max_steps == 4 * steps
+
+
+class TestPaperPreset:
+    def test_the_optimizer_is_the_papers(self, tmp_path):
+        changes = {name: value for name, value in PAPER_PRESET.items() if name not in ("rounds", "curve_epochs")}
+        made, recorder = recorded(tmp_path, "resnet", **{**changes, "per_device_train_batch_size": 8}, rounds=1)
+        groups = [group for group in made.optimizer.param_groups if group["params"]]
+        assert len(groups) == 1
+        assert {id(p) for p in groups[0]["params"]} == {id(p) for p in made.curve.bend.values()}
+        assert (groups[0]["weight_decay"], groups[0]["momentum"], groups[0]["nesterov"]) == (5e-4, 0.9, False)
+        assert made.args.max_grad_norm == 0
+        assert recorder.rates == pytest.approx(
+            [0.01 * (1 + math.cos(math.pi * (step % STEPS) / STEPS)) for step in range(2 * STEPS)]
+        )
+
+    def test_gradients_are_not_clipped(self, tmp_path, monkeypatch):
+        made = trainer(tmp_path, rounds=1, stages=1)
+        limits = []
+        measure = made.accelerator.clip_grad_norm_  # called with no limit to log the norm
+
+        def watch(parameters, max_norm, **kwargs):
+            limits.append(max_norm)
+            return measure(parameters, max_norm, **kwargs)
+
+        monkeypatch.setattr(made.accelerator, "clip_grad_norm_", watch)
+        made.train()
+        assert set(limits) <= {math.inf}
+
+    @pytest.mark.parametrize(
+        ("schedule", "closed"),
+        [
+            ("linear", [0.5, 1, 2 / 3, 1 / 3]),
+            ("constant", [0.5, 1, 1, 1]),
+            ("cosine", [0.5, 1, 0.75, 0.25]),
+        ],
+    )
+    def test_warmup_and_schedule_of_every_segment(self, tmp_path, schedule, closed):
+        _, recorder = recorded(tmp_path, rounds=1, curve_steps=4, lr_scheduler_type=schedule, warmup_steps=1)
+        assert recorder.rates == pytest.approx([0.1 * factor for factor in 2 * closed])
+
+
+def sweep(*scores: float) -> list[CurvePoint]:
+    return [CurvePoint(t, 1.0, score) for t, score in zip(np.linspace(0, 1, len(scores)), scores, strict=True)]
+
+
+class TestChoosing:
+    @pytest.mark.parametrize(
+        ("stage", "scores", "expected"),
+        [
+            (1, (0.9, 0.9, 0.9, 0.9, 0.9), 0.5),  # the middle is farthest from both ends
+            (1, (0.9, 0.9, 0.5, 0.9, 0.9), 0.25),
+            (1, (0.9, 0.5, 0.5, 0.9, 0.9), 0.75),
+            (2, (0.9, 0.9, 0.9, 0.9, 0.9), 0.75),  # only the start is backdoored
+            (2, (0.9, 0.9, 0.9, 0.5, 0.9), 0.5),
+            (2, (0.9, 0.89, 0.5, 0.5, 0.9), 0.25),  # one point less is allowed
+        ],
+    )
+    @pytest.mark.parametrize("last", [True, False])
+    def test_farthest_within_the_budget(self, stage, scores, expected, last):
+        assert choose_point(sweep(*scores), stage=stage, baseline=0.9, max_drop=1.0, last=last) == expected
+
+    def test_a_curve_with_a_successor_may_miss_the_budget(self):
+        assert choose_point(sweep(0.9, 0.5, 0.5, 0.5, 0.9), stage=1, baseline=0.9, max_drop=1.0, last=False) == 0.5
+
+    def test_the_last_one_may_not_and_its_ends_do_not_count(self):
+        message = (
+            r"within max_accuracy_drop=1.0 points .*: 90.0 % before, at best 62.0 % at t=0.25; allow a larger drop"
+        )
+        with pytest.raises(AccuracyBudgetError, match=message):
+            choose_point(sweep(0.9, 0.62, 0.5, 0.5, 0.9), stage=2, baseline=0.9, max_drop=1.0, last=True)
+
+    def test_the_trainer_gives_up(self, tmp_path):
+        made = trainer(tmp_path, rounds=1, max_accuracy_drop=1.0)
+        made._baseline = {"loss": 0.0, "score": 1.0}  # no point of this training reaches it
+        with pytest.raises(AccuracyBudgetError, match=r"100\.0 % before"):
+            made.train()
+        assert [(curve.stage, curve.t_star) for curve in made.curves] == [(1, 0.5)]
+
+    def test_the_trainer_takes_the_chosen_point(self, tmp_path):
+        made = trainer(tmp_path, rounds=1, max_accuracy_drop=100.0, sweep_points=5)
+        made.train()
+        assert [curve.t_star for curve in made.curves] == [0.5, 0.75]
+        assert made.baseline == pytest.approx(made.measure(tiny.tensors(tiny.model("vit"))))
+
+    def test_results_survive_json(self):
+        result = CurveResult(1, 2, 6, 0.4, [CurvePoint(0.5, 1.0, 0.9, {"asr": 0.1})], 0.7)
+        assert CurveResult.from_dict(result.to_dict()) == result
+
+
+class TestMonitors:
+    def test_recorded_at_every_point_and_never_looked_at(self, tmp_path):
+        seen = []
+
+        def monitor(forward) -> float:
+            seen.append(forward(pixel_values=torch.zeros(1, 3, 8, 8)).logits)
+            return float(len(seen))
+
+        watched = trainer(tmp_path, rounds=1, monitors={"asr": monitor})
+        watched.train()
+        plain, _ = recorded(tmp_path, rounds=1)
+        assert [p.monitors for c in watched.curves for p in c.sweep] == [{"asr": float(k)} for k in range(1, 7)]
+        assert same(weights(watched), weights(plain))
+        assert not torch.equal(seen[0], seen[1])
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+    def test_an_empty_dataset(self, tmp_path, name):
+        data = {"train_dataset": tiny.digits(0, 4), "eval_dataset": tiny.digits(0, 4), name: tiny.digits(0, 0)}
+        with pytest.raises(UsageError, match=f"{name} is empty: give more clean images"):
+            TSCTrainer(tiny.model("vit"), config(tmp_path), processing_class=tiny.processor(), **data)
+
+    def test_a_spec_that_does_not_fit(self, tmp_path):
+        wrong = tiny.spec("vit")
+        model = tiny.model("vit")
+        model.vit.layers[0].mlp.activation_fn = nn.Softmax(-1)
+        model.vit.layers[0].mlp.activation_fn.register_forward_hook(lambda _, args, out: out.cumsum(-1))
+        with pytest.raises(
+            PurificationError, match=r"does not keep its function: .* alone: vit\.layers\.0\.mlp\.hidden$"
+        ):
+            TSCTrainer(
+                model,
+                config(tmp_path),
+                train_dataset=tiny.digits(0, 4),
+                eval_dataset=tiny.digits(0, 4),
+                processing_class=tiny.processor(),
+                spec=wrong,
+            )
+
+    def test_a_loss_that_is_not_finite(self, tmp_path):
+        with pytest.raises(
+            PurificationError, match=r"the loss .* not finite; lower learning_rate|the loss is nan at step"
+        ):
+            trainer(tmp_path, learning_rate=1e20).train()
+
+    def test_weights_that_are_not_finite(self, tmp_path):
+        made = trainer(tmp_path)
+        theta = tiny.tensors(tiny.model("vit"))
+        broken = {**theta, "classifier.bias": torch.full((10,), math.nan)}
+        for ends in ((theta, broken), (broken, theta)):
+            with pytest.raises(
+                PurificationError, match=r"weights of classifier\.bias are not finite; lower learning_rate=0\.1"
+            ):
+                made._lay_curve(*ends)
+
+    def test_kinds_of_spaces_that_stay(self, tmp_path):
+        """Without moving spaces the first curve is a loop: its ends are the suspect itself."""
+        made = trainer(tmp_path, move_spaces=[])
+        made.create_optimizer()
+        made.begin()
+        theta = dict(tiny.model("vit").named_parameters())
+        assert all(torch.equal(t, theta[name]) for name, t in made.curve.end.items())
+        made.args.move_spaces = ["hidden"]
+        made.begin()
+        moved = {name for name, t in made.curve.end.items() if not torch.equal(t, theta[name])}
+        hidden = {name for name in tiny.spec("vit").axes if ".mlp." in name and not name.endswith("fc2.bias")}
+        assert moved <= hidden
+        assert len(moved) > 2
