@@ -163,7 +163,7 @@ def _read(
 ) -> None:
     """One forward pass; `use` is called with every tap's number and activations, (m, n), as soon as they are there.
 
-    Activations that are used at once need not be held to the end of the pass: many times the memory of the pass itself.
+    What is used at once need not be held to the end of the pass, which would take many times the pass's own memory.
     """
 
     def reader(number: int, tap: Tap) -> Callable[[Tensor], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from hf_tsc.purify import purify
 from hf_tsc.report import REPORT_FILE, PurificationReport
 from hf_tsc.spec_text import describe_spec
 from hf_tsc.suspects import RECORD, SuspectConfig, train_suspect
-from hf_tsc.triggers import TRIGGERS, trigger_from_dict
+from hf_tsc.triggers import TRIGGERS, Trigger, trigger_from_dict
 from hf_tsc.tsc_config import PRESETS, TSCConfig
 
 INTERRUPTED = 130
@@ -63,20 +64,22 @@ class AttackArguments:
             if self.target_label is not None:
                 raise UsageError("--target_label without a trigger: name one with --trigger")
             return None
-        record, target = {"name": self.trigger}, self.target_label
-        if self.trigger not in TRIGGERS:
-            record, recorded_target = _read_record(Path(self.trigger))
-            target = recorded_target if target is None else target
+        if self.trigger in TRIGGERS:
+            trigger, target = trigger_from_dict({"name": self.trigger}), None
+        else:
+            trigger, target = _read_record(Path(self.trigger))
+        target = target if self.target_label is None else self.target_label
         if target is None:
             raise UsageError(f"--trigger {self.trigger} needs --target_label, the class that the trigger leads to")
-        return Attack(trigger_from_dict(record), target)
+        return Attack(trigger, target)
 
 
-def _read_record(file: Path) -> tuple[dict[str, Any], int | None]:
+def _read_record(file: Path) -> tuple[Trigger, int | None]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return dict(content["trigger"]), content.get("target_label")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        target = content.get("target_label")
+        return trigger_from_dict(dict(content["trigger"])), None if target is None else operator.index(target)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         known = ", ".join(TRIGGERS)
         raise UsageError(
             f"--trigger {file}: expected one of {known}, or a {RECORD} with a trigger ({error})"

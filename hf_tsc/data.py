@@ -13,7 +13,8 @@ from datasets.exceptions import DatasetsError
 from hf_tsc.errors import UsageError
 
 SAVED_DATASET, SAVED_DATASET_DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` leaves
-LOADING_ERRORS = (DatasetsError, FileNotFoundError, ConnectionError, ValueError)  # of `load_dataset`, missing or wrong
+# Of `datasets`, for what is missing or wrong; an IndexError for a saved dataset without rows.
+LOADING_ERRORS = (DatasetsError, FileNotFoundError, ConnectionError, ValueError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ def load_images(
         UsageError: there is no such dataset, configuration, revision or split, or None leaves a choice.
     """
     path = Path(name_or_path)
-    if (path / SAVED_DATASET).is_file() or (path / SAVED_DATASET_DICT).is_file():
-        if config_name is not None or revision is not None:
-            raise UsageError(f"{name_or_path} was saved by save_to_disk: it has no config_name or revision to choose.")
-        return _choose_split(load_from_disk(name_or_path), split, name_or_path)
+    saved = (path / SAVED_DATASET).is_file() or (path / SAVED_DATASET_DICT).is_file()
+    if saved and (config_name is not None or revision is not None):
+        raise UsageError(f"{name_or_path} was saved by save_to_disk: it has no config_name or revision to choose.")
     try:
+        if saved:
+            return _choose_split(load_from_disk(name_or_path), split, name_or_path)
         loaded = load_dataset(name_or_path, config_name, split=split, revision=revision)
     except LOADING_ERRORS as error:
         raise UsageError(

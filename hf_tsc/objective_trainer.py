@@ -52,10 +52,10 @@ class ObjectiveTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Stops when the loss is not finite."""
-        if not math.isfinite(logs.get("loss", 0.0)):
+        loss = logs.get("loss", logs.get("train_loss", 0.0))  # the latter, the mean of all steps, at the end
+        if not math.isfinite(loss):
             raise PurificationError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate="
-                f"{self.args.learning_rate}"
+                f"the loss is {loss} at step {self.state.global_step}; lower learning_rate={self.args.learning_rate}"
             )
         super().log(logs, start_time)
 

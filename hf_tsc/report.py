@@ -78,6 +78,7 @@ class PurificationReport:
             report=self,
             suspect_name=_plain(self.suspect["name"]),
             dataset_name=_plain(str(self.dataset["name"])),
+            fingerprint=_plain(str(self.dataset["fingerprint"])),
             rows=self.rows(),
             paper=PAPER,
             plot=PLOT_FILE,

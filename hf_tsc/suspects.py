@@ -41,6 +41,7 @@ class SuspectConfig(TrainingArguments):
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images a step and device."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints."})
     logging_steps: float = field(default=0.25, metadata={"help": "Log every so many steps, or share of all steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite must be seen."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Items are pixels, not columns."})
 
 

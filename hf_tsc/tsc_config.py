@@ -194,7 +194,7 @@ class TSCConfig(TrainingArguments):
             raise UsageError(f"move_spaces names {', '.join(sorted(unknown))}: expected some of {', '.join(KINDS)}")
         if self.stages not in (1, 2):
             raise UsageError(f"stages={self.stages}: expected 1 (first curve only) or 2 (both)")
-        if self.rounds < 1 or (self.curve_steps < 1 and not self.curve_epochs > 0):
+        if self.rounds < 1 or self.curve_steps == 0 or (self.curve_steps < 0 and not self.curve_epochs > 0):
             raise UsageError(
                 f"rounds={self.rounds}, curve_epochs={self.curve_epochs}, curve_steps={self.curve_steps}: that makes "
                 "no optimisation step; give at least one round and a positive number of epochs or steps a curve"

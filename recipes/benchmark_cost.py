@@ -50,8 +50,8 @@ STEP_TARGET = 1.05
 STATISTICS_TARGETS = {("resnet", "exact"): 1.5, ("vit", "exact"): 4.0, ("vit", "max_positions"): 1.5}
 REPEATS = {"resnet": 4, "vit": 1}  # times --repeats: a ResNet's step is some ten times shorter
 WHY_PARAMETRIZE = (
-    "fully_shard: parametrize mixes the shards that a layer has gathered; functional_call would mix DTensors of the "
-    "whole model before the first layer"
+    "the cost is the same within the noise, and parametrize mixes where a layer reads its weight, so that under "
+    "fully_shard it mixes what that layer has gathered (tests/test_distributed.py)"
 )
 
 
@@ -69,7 +69,7 @@ def vit() -> PreTrainedModel:
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {"resnet": resnet, "vit": vit}
 
 
-# --- timing -----------------------------------------------------------------------------------------------------------
+# --- timing ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def compare(variants: Mapping[str, Work], targets: Mapping[str, float], *, repea
     return rows
 
 
-# --- what is timed ----------------------------------------------------------------------------------------------------
+# --- what is timed ---------------------------------------------------------------------------------------------------
 
 
 def training_step(forward: Callable[..., Any], trained: list[Tensor], images: Tensor, labels: Tensor) -> Work:
@@ -212,7 +212,7 @@ def statistics_rows(family: str, model: PreTrainedModel, *, batch_size: int, rep
     return compare(variants, targets, repeats=repeats)
 
 
-# --- the report -------------------------------------------------------------------------------------------------------
+# --- the report ------------------------------------------------------------------------------------------------------
 
 
 def cpu_model() -> str:

@@ -189,6 +189,11 @@ def standardised_weight(net, x):
     return net.o(F.conv2d(net.a(x), weight, padding=1).relu()).mean((2, 3))
 
 
+def slices_of_a_product(net, x):
+    y = net.a(x).view(-1, 3, 4).softmax(-1).flatten(1)
+    return net.o(torch.cat([y[:, 4:8].square(), y[:, :4]], 1))
+
+
 def windows(net, x):
     y = net.a(x.flatten(2).transpose(1, 2)).view(2, 2, 4, 2, 4, 6)
     return net.o(y.permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 96)).mean(1)
@@ -299,6 +304,7 @@ NETWORKS = {
     "repeat": (chain(lambda y: y.repeat(1, 3).relu()), pair(4, 12), VECTOR, [(4,)]),
     "pad": (chain(lambda y: F.pad(y, (1, 2))), pair(6, 9), VECTOR, []),
     "slices": (chain(lambda y: y[:, 1:4] + y[:, -3:]), pair(6, 3), VECTOR, []),
+    "slices_of_a_product": (slices_of_a_product, pair(12, 8), VECTOR, [(4,)]),
     "windows": (windows, lambda: {"a": linear(3, 6), "o": linear(96, 3)}, IMAGE, [(6,)]),
     # products
     "mean_over_heads": (

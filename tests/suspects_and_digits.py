@@ -15,8 +15,8 @@ from tiny import IMAGE, LABELS, TRANSFORMER, resnet
 from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from hf_tsc import demo
 from hf_tsc.data import ImageData, open_images
+from hf_tsc.demo import digits as digits_of_the_demo
 
 NAMES = [str(i) for i in range(LABELS)]
 WEIGHTS = "model.safetensors"
@@ -24,7 +24,7 @@ WEIGHTS = "model.safetensors"
 
 @cache
 def all_digits() -> Dataset:
-    return demo.digits()
+    return digits_of_the_demo()
 
 
 def digits(start: int, stop: int, *, labelled: bool = True) -> Dataset:

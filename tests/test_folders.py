@@ -67,9 +67,12 @@ class TestFinishedFolder:
         assert listing(tmp_path) == {"out", "out/precious"}
 
     def test_filled_by_another_meanwhile(self, tmp_path):
-        with pytest.raises(OSError, match="not empty"), finished_folder(tmp_path / "out"):
+        def fill():
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "precious").touch()
+
+        with pytest.raises(OSError, match="not empty"), finished_folder(tmp_path / "out"):
+            fill()
         assert listing(tmp_path) == {"out", "out/precious"}
 
 

@@ -236,7 +236,7 @@ class _SpecBuilder:
     def _kind(self, node: Node) -> Kind:
         for role in ("heads", "qk", "vo", "residual"):
             if role in node.roles:
-                return role  # type: ignore[return-value]
+                return role
         return "hidden"
 
     def _name_spaces(self) -> dict[Node, str]:
