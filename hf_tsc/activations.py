@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_tsc.errors import PurificationError
 from hf_tsc.permutation import Params, Tap
 
 Batch = dict[str, Tensor]
@@ -115,6 +116,11 @@ def collect_statistics(
             _read(model, taps, batch, points[0], positions, lambda number, x: totals[number].add(x, x))
         else:
             _add_pairs(totals, model, taps, batch, points, positions)
+    for tap, total in zip(taps, totals, strict=True):
+        if total.count == 0:
+            raise PurificationError(
+                f"the {tap.side} of {tap.module} was never read: give clean images, and a spec whose taps are called"
+            )
     return totals
 
 

@@ -29,8 +29,8 @@ def bezier_weights(t: float) -> tuple[float, float, float]:
 def mix(start: Tensor, bend: Tensor, end: Tensor, *, t: float) -> Tensor:
     """γ(t) of three tensors of one shape, as a new tensor; exactly `start` at t = 0 and `end` at t = 1.
 
-    As the weights sum to 1, two interpolations do: between the ends, then, in place, towards the bend. The weighted sum
-    would take two temporaries and one more pass over memory.
+    As the weights sum to 1, two interpolations do: between the ends, then, in place, towards the bend. The weighted
+    sum would take two temporaries and one more pass over memory.
     """
     a, c, b = bezier_weights(t)
     return torch.lerp(start, end, b / (a + b)).lerp_(bend, c)  # a + b = 1 - c >= 1/2

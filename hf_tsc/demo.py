@@ -68,7 +68,7 @@ DEMO_MODELS = {
             patch_size=8,
         ),
         suspect={"num_train_epochs": 60, "learning_rate": 1e-3},
-        purify={"curve_steps": 600},
+        purify={"curve_steps": 1600, "per_device_train_batch_size": 32},
         fine_tuning_rates=(1e-3, 2e-3, 4e-3),
     ),
 }

@@ -105,8 +105,7 @@ class Evaluator:
 
     def __call__(self, forward: Forward, *, device: str | torch.device = "cpu") -> Evaluation:
         """Measure a model, or any callable that maps `pixel_values` to an output with `logits`."""
-        predictions = predict(forward, self.clean, device=device)
-        acc = CleanAccuracy().compute(predictions=predictions, references=self.clean.labels)["accuracy"]
+        acc = self.clean_accuracy(forward, device=device)
         if self.attack is None or self.triggered is None:
             return Evaluation(len(self.clean), acc)
         fooled = {"predictions": predict(forward, self.triggered, device=device), "references": self.triggered.labels}
@@ -118,6 +117,11 @@ class Evaluator:
             attack_success_rate=AttackSuccessRate(target_label=target).compute(**fooled)["attack_success_rate"],
             robust_accuracy=RobustAccuracy(target_label=target).compute(**fooled)["robust_accuracy"],
         )
+
+    def clean_accuracy(self, forward: Forward, *, device: str | torch.device = "cpu") -> float:
+        """Of a model or callable."""
+        predictions = predict(forward, self.clean, device=device)
+        return CleanAccuracy().compute(predictions=predictions, references=self.clean.labels)["accuracy"]
 
     def attack_success_rate(self, forward: Forward, *, device: str | torch.device = "cpu") -> float:
         """Of a model or callable; needs an attack."""

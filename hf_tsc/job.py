@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.hub import Source, load_image_processor
 from hf_tsc.images import ImagePipeline, PixelDataset, pixel_dataset
-from hf_tsc.objectives import Forward
 from hf_tsc.tsc_config import TSCConfig
 from hf_tsc.tsc_trainer import TSCTrainer
 
@@ -142,15 +142,14 @@ class Measures:
         return found
 
     def monitors(self, device: str) -> dict[str, Any]:
-        """Attack success rate along the curves, where a trigger was given: for the plot, never for a choice."""
-        evaluator = self.evaluators.get("test", self.evaluators.get("held_out"))
-        if evaluator is None or evaluator.attack is None:
-            return {}
-
-        def rate(forward: Forward) -> float:
-            return evaluator.attack_success_rate(forward, device=device)
-
-        return {"attack_success_rate": rate}
+        """What is recorded along the curves for the plot, never for a choice: test accuracy, attack success rate."""
+        found: dict[str, Any] = {}
+        if "test" in self.evaluators:
+            found["test_accuracy"] = partial(self.evaluators["test"].clean_accuracy, device=device)
+        attacked = self.evaluators.get("test", self.evaluators.get("held_out"))
+        if attacked is not None and attacked.attack is not None:
+            found["attack_success_rate"] = partial(attacked.attack_success_rate, device=device)
+        return found
 
 
 def as_image_data(dataset: str | Dataset | ImageData) -> ImageData:

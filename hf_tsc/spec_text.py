@@ -9,8 +9,8 @@ from hf_tsc.derive.verify import Verification
 from hf_tsc.permutation import PermutationSpec
 
 LEGEND = (
-    "in the axes: `a b` a product, `a + b` a concatenation, `_n` n frozen positions, `x@y` a permutation of x for each\n"
-    "unit of y; a space is named from where its path leaves that of the tensor"
+    "in the axes: `a b` a product, `a + b` a concatenation, `_n` n frozen positions,\n"
+    "`x@y` a permutation of x for each unit of y; a space is named from where its path leaves that of the tensor"
 )
 
 

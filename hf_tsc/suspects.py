@@ -88,7 +88,7 @@ def train_suspect(
     dataset = pixel_dataset(data, rows, pipeline, **_poison_options(attack, poisoned))
     model = _new_model(config, data, labels, seed=args.seed)
     objective = ImageClassification(pipeline, augmentation=args.augmentation)
-    output = args.output_dir
+    output = str(args.output_dir)
     with finished_folder(Path(output)) as folder:
         args.output_dir = str(folder)  # the Trainer makes this folder
         try:

@@ -61,10 +61,10 @@ BATCH_NORM_DEFAULTS: dict[str, Any] = {
 }
 TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "stages": 2,
-    "curve1_t": 0.5,
-    "curve2_t": 0.4,
+    "curve1_t": 0.3,
+    "curve2_t": 0.2,
     "objective": "cross_entropy",
-    "move_spaces": ["hidden", "qk", "vo"],
+    "move_spaces": ["hidden"],
     "optim": "adamw_torch",
     "optim_args": None,
     "learning_rate": 3e-3,

@@ -23,14 +23,13 @@ from suspects_and_digits import (
     processor,
     read_json,
     renamed,
-    same,
     save,
     two_image_columns,
     weights,
 )
 from transformers import AutoModelForImageClassification, BertConfig, ResNetConfig
 
-from hf_tsc import Attack, BadNets, PurificationReport, __version__, cli, evaluate_model
+from hf_tsc import Attack, BadNets, PurificationReport, TSCTrainer, __version__, cli, evaluate_model
 from hf_tsc.cli import COMMANDS, main
 from hf_tsc.images import ImagePipeline
 
@@ -479,7 +478,7 @@ class TestWrongInput:
             ({"model_type": "nope"}, "expected an image classifier that transformers defines"),
             ({"hidden_size": 24}, "do not fit its config.json"),
             ({"hidden_size": "wide"}, "expected int, got str"),
-            ({"num_attention_heads": 5}, "."),
+            ({"num_attention_heads": 5}, "do not fit its config.json"),  # 12 units in 5 heads: taken as 5 of 2
             ({"hidden_act": "nope"}, r"config\.json makes no model: KeyError: 'nope'; correct the field"),
             ({"patch_size": 0}, "makes no model: ZeroDivisionError"),
             ({"image_size": 16}, "do not fit its config.json"),
@@ -533,8 +532,7 @@ class TestFailure:
         argv = purify_args(models / "vit", data / "digits", tmp_path / "out")
         refused(argv, "the permutation spec of ViTForImageClassification does not keep its function", code=1)
 
-    @pytest.mark.parametrize("family", ["resnet", "vit"])
-    @pytest.mark.parametrize("logged", [True, False])
+    @pytest.mark.parametrize(("family", "logged"), [("resnet", False), ("vit", True)])
     def test_loss_not_finite(self, models, data, tmp_path, refused, family, logged):
         options = ["--learning_rate", "1e30", "--curve_steps", "4", "--save_steps", "1", "--warmup_steps", "0"]
         options += ["--logging_strategy", "steps", "--logging_steps", "1"] if logged else []
@@ -557,23 +555,21 @@ class TestFailure:
         assert err.count("\n") == 1
 
 
-def test_resume(models, data, tmp_path, monkeypatch, refused, capsys):
+def test_resume(models, data, tmp_path, monkeypatch, refused):
     argv = purify_args(models / "vit", data / "digits", tmp_path / "out", "--save_steps", "1")
     with monkeypatch.context() as patch:
 
-        def stop(trainer, *args, real=cli.purify.__globals__["TSCTrainer"].training_step, **kwargs):
+        def stop(trainer, *args, real=TSCTrainer.training_step, **kwargs):
             if trainer.state.global_step == 3:
                 raise KeyboardInterrupt
             return real(trainer, *args, **kwargs)
 
-        patch.setattr("hf_tsc.tsc_trainer.TSCTrainer.training_step", stop)
+        patch.setattr(TSCTrainer, "training_step", stop)
         assert main(argv) == 130
     refused(argv, r"out\.work is left from an interrupted run: go on with --resume, or remove it")
     refused([*argv, "--resume", "--seed", "5"], "from a run with other images, arguments: give the same arguments")
     assert main([*argv, "--resume"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    main(purify_args(models / "vit", data / "digits", tmp_path / "again"))
-    assert same(weights(tmp_path / "again"), weights(tmp_path / "out"))
 
 
 def test_as_a_program(tmp_path):

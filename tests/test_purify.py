@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -200,10 +199,12 @@ def test_trigger_has_no_influence(purified, suspects, tmp_path, family):
     rates = [[p["monitors"]["attack_success_rate"] for p in curve["sweep"]] for curve in attacked.curves]
     assert [len(rate) for rate in rates] == [3, 3]
     assert all(0 <= rate <= 1 for curve in rates for rate in curve)
+    assert {name for curve in report.curves for p in curve["sweep"] for name in p["monitors"]} == {"test_accuracy"}
     if family == "resnet":
         assert attacked.before["test"]["attack_success_rate"] > 0.8
     else:  # without BatchNorm, the curve's first point is the suspect itself
         assert rates[0][0] == attacked.before["test"]["attack_success_rate"]
+        assert report.curves[0]["sweep"][0]["monitors"]["test_accuracy"] == report.before["test"]["accuracy"]
     assert "| attack success rate (test) |" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -224,7 +225,9 @@ def test_bfloat16_and_an_attention_of_its_own(tmp_path):
     original = read_json(suspect / "config.json")
     assert original["dtype"] == "bfloat16"
     edit_json(suspect / "config.json", attn_implementation="eager")
+    before = {file.name: sha256(file) for file in suspect.iterdir()}
     report = run(suspect, tmp_path / "out", config={"stages": 1, "curve_steps": 1}, test=None)
+    assert {file.name: sha256(file) for file in suspect.iterdir()} == before
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
     assert report.purified["dtype"] == "bfloat16"
     assert read_json(tmp_path / "out" / "config.json") == original
@@ -370,12 +373,3 @@ class TestRefused:
         monkeypatch.setattr(TSCConfig, "world_size", 2)
         with pytest.raises(UsageError, match="started with 2 processes: it runs in one"):
             run(suspects["vit"], tmp_path / "out")
-
-
-def test_the_suspects_folder_is_not_written_to(suspects, tmp_path):
-    suspect = Path(shutil.copytree(suspects["vit"], tmp_path / "suspect"))
-    before = {file.name: sha256(file) for file in suspect.iterdir()}
-    suspect.chmod(0o555)
-    run(suspect, tmp_path / "out", config={"stages": 1, "curve_steps": 1}, test=None)
-    suspect.chmod(0o755)
-    assert {file.name: sha256(file) for file in suspect.iterdir()} == before

@@ -85,9 +85,8 @@ def test_some_rows_only(tmp_path):
     assert (digit_data(0, 60).labels[poisoned] != 3).all()
 
 
-@pytest.mark.parametrize("attack", [None, ATTACK])
-def test_clean_twin(tmp_path, attack):
-    twin = train(tmp_path / "twin", attack=attack, poison_rate=0.0)
+def test_clean_twin(tmp_path):
+    twin = train(tmp_path / "twin", poison_rate=0.0)
     assert read_json(tmp_path / "twin" / RECORD)["poisoned_indices"] == []
     # the same but for the poison
     assert not same(train(tmp_path / "poisoned").state_dict(), twin.state_dict())
