@@ -357,7 +357,8 @@ def load_image_processor(source: Source) -> Any:
         ):
             raise UsageError(f"{source.path} has `{key}` {value!r}: expected the name of an image processor.")
     try:
-        return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
+        with quiet():
+            return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{source.path} has no image processor that transformers knows: add a preprocessor_config.json."

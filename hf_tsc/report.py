@@ -131,7 +131,7 @@ def _plain(text: str) -> str:
     return re.sub(r"[^\w./ -]", "_", text)[:100]
 
 
-def summarise_spec(spec: PermutationSpec, error: float, control: float) -> dict[str, Any]:
+def summarise_spec(spec: PermutationSpec, error: float, control: float | None) -> dict[str, Any]:
     """Counts by kind, why axes are frozen, and what the gate measured."""
     reasons = Counter(a.reason for axes in spec.axes.values() for a in axes if isinstance(a, Frozen))
     return {

@@ -42,6 +42,7 @@ class SuspectConfig(TrainingArguments):
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints."})
     logging_steps: float = field(default=0.25, metadata={"help": "Log every so many steps, or share of all steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite must be seen."})
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "Show no progress bar."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Items are pixels, not columns."})
 
 

@@ -150,6 +150,7 @@ class TSCConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite must be seen."})
     save_steps: float = field(default=0.1, metadata={"help": "Checkpoint every so many steps, or share of all steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "Show no progress bar."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Items are pixels, not columns."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Statistics are recomputed anyway."})
     hub_strategy: str = field(default="end", metadata={"help": "Never publish half-purified weights."})

@@ -23,11 +23,11 @@ class Verification:
 
     Attributes:
         error: largest absolute output change over the largest absolute output, all spaces moved at once.
-        control: the same with one member of the first space left behind; it must be large.
+        control: the same with one member of a space left behind; it must be large. None where nothing moves.
     """
 
     error: float
-    control: float
+    control: float | None
 
 
 def verify(model: nn.Module, spec: PermutationSpec, inputs: Mapping[str, Tensor], *, seed: int = 0) -> Verification:
@@ -59,10 +59,10 @@ def failing_spaces(probe: Probe, spec: PermutationSpec) -> list[str]:
     return failing
 
 
-def _control(probe: Probe, spec: PermutationSpec) -> float:
+def _control(probe: Probe, spec: PermutationSpec) -> float | None:
     """The error with one member axis left behind: shows that the probe can see a mistake."""
     if not spec.spaces:
-        return float("inf")
+        return None
     name, dim = next((n, d) for n, d in spec.moved() if len(spec.axes[n]) > 1)
     return probe.error(apply_without(probe.params, spec, name, dim))
 
