@@ -6,12 +6,16 @@ import copy
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
@@ -39,6 +43,7 @@ from hf_tsc.triggers import BadNets
 SUSPECT_IMAGES, CLEAN_IMAGES = 1200, 150
 IMAGE_SIZE = 32
 RESULT_FILE = "demo.json"
+PROCESSES = 2  # for the fine-tuning runs of the comparison
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,6 @@ class DemoModel:
 
 
 DEMO_MODELS = {
-    "resnet": DemoModel(
-        ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic"),
-        suspect={"num_train_epochs": 15, "learning_rate": 2e-3},
-        purify={"curve_steps": 300},
-        fine_tuning_rates=(0.02, 0.05, 0.1),
-    ),
     "vit": DemoModel(
         ViTConfig(
             hidden_size=64,
@@ -67,9 +66,15 @@ DEMO_MODELS = {
             image_size=32,
             patch_size=8,
         ),
-        suspect={"num_train_epochs": 60, "learning_rate": 1e-3},
-        purify={"curve_steps": 1600, "per_device_train_batch_size": 32},
+        suspect={"num_train_epochs": 30, "learning_rate": 1e-3},
+        purify={"curve_steps": 1600, "per_device_train_batch_size": 32, "augmentation": "affine"},
         fine_tuning_rates=(1e-3, 2e-3, 4e-3),
+    ),
+    "resnet": DemoModel(
+        ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic"),
+        suspect={"num_train_epochs": 15, "learning_rate": 2e-3},
+        purify={"curve_steps": 300},
+        fine_tuning_rates=(0.02, 0.05, 0.1),
     ),
 }
 
@@ -97,12 +102,17 @@ def run_demo(output: Path, *, seed: int, names: Sequence[str]) -> list[dict[str,
         UsageError: the output folder is not empty.
     """
     check_output(output)
-    started = time.monotonic()
-    attack = Attack(BadNets(), target_label=0)
-    results = [_run_model(name, DEMO_MODELS[name], attack, output, seed) for name in names]
-    write_json(
-        output / RESULT_FILE, {"seed": seed, "models": results, "seconds": round(time.monotonic() - started, 1)}
-    )
+    started, threads = time.monotonic(), torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are small, and the result does not depend on the number of cores
+    try:
+        with ProcessPoolExecutor(PROCESSES, get_context("spawn"), _prepare_process) as pool:
+            runs = [_Run.start(name, DEMO_MODELS[name], output, seed, pool) for name in names]
+            print("waiting for plain fine-tuning, the comparison, to finish", flush=True)
+            results = [run.result() for run in runs]
+    finally:
+        torch.set_num_threads(threads)
+    seconds = round(time.monotonic() - started, 1)
+    write_json(output / RESULT_FILE, {"seed": seed, "models": results, "seconds": seconds})
     print(f"\n{table(results)}\n")
     for name in names:
         folder = output / f"{name}-purified"
@@ -110,40 +120,67 @@ def run_demo(output: Path, *, seed: int, names: Sequence[str]) -> list[dict[str,
     return results
 
 
-def _run_model(name: str, demo: DemoModel, attack: Attack, output: Path, seed: int) -> dict[str, Any]:
-    suspect_data, clean, test = split_digits(seed)
-    folder = output / f"{name}-suspect"
-    processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    print(f"{name}: training a suspect on {SUSPECT_IMAGES} digits, a tenth of them with a trigger", flush=True)
-    args = SuspectConfig(output_dir=str(folder), seed=seed, use_cpu=True, **demo.suspect)
-    suspect = train_suspect(demo.config, processor, suspect_data, args=args, attack=attack)
+@dataclass(frozen=True)
+class _Run:
+    """A purified model, and its fine-tuned counterparts that other processes are working on."""
 
-    print(f"{name}: purifying with {CLEAN_IMAGES} other, clean digits", flush=True)
-    config = {**demo.purify, "seed": seed, "use_cpu": True}
-    report = purify(
-        str(folder),
-        clean,
-        output / f"{name}-purified",
-        local=True,
-        config=config,
-        budget=CLEAN_IMAGES,
-        test=test,
-        attack=attack,
-    )
+    name: str
+    report: PurificationReport
+    fine_tuning: dict[float, Future[dict[str, Any]]]
 
-    evaluator = Evaluator(test, ImagePipeline(processor), num_classes=10, attack=attack)
-    steps = report.cost["gradient_evaluations"]
-    print(f"{name}: plain fine-tuning for comparison, {steps} steps at each of three learning rates", flush=True)
-    tuned = {
-        rate: evaluator(fine_tune(suspect, clean, processor, report, rate=rate, seed=seed))
-        for rate in demo.fine_tuning_rates
-    }
-    return {
-        "model": name,
-        "before": report.before["test"],
-        "fine_tuning": {str(rate): result.to_dict() for rate, result in tuned.items()},
-        "tsc": report.after["test"],
-    }
+    @classmethod
+    def start(cls, name: str, demo: DemoModel, output: Path, seed: int, pool: Executor) -> _Run:
+        suspect_data, clean, test = split_digits(seed)
+        folder, attack = output / f"{name}-suspect", Attack(BadNets(), target_label=0)
+        processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+        print(f"{name}: training a suspect on {SUSPECT_IMAGES} digits, a tenth of them with a trigger", flush=True)
+        args = SuspectConfig(output_dir=str(folder), seed=seed, use_cpu=True, **demo.suspect)
+        suspect = train_suspect(demo.config, processor, suspect_data, args=args, attack=attack)
+
+        print(f"{name}: purifying with {CLEAN_IMAGES} other, clean digits", flush=True)
+        report = purify(
+            str(folder),
+            clean,
+            output / f"{name}-purified",
+            local=True,
+            config={**demo.purify, "seed": seed, "use_cpu": True},
+            budget=CLEAN_IMAGES,
+            test=test,
+            attack=attack,
+        )
+        jobs = {
+            rate: pool.submit(_fine_tune_and_measure, suspect, clean, test, processor, report, attack, rate, seed)
+            for rate in demo.fine_tuning_rates
+        }
+        return cls(name, report, jobs)
+
+    def result(self) -> dict[str, Any]:
+        """What stands in the result file, once all processes are done."""
+        return {
+            "model": self.name,
+            "before": self.report.before["test"],
+            "fine_tuning": {str(rate): job.result() for rate, job in self.fine_tuning.items()},
+            "tsc": self.report.after["test"],
+        }
+
+
+def _prepare_process() -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _fine_tune_and_measure(
+    suspect: PreTrainedModel,
+    clean: ImageData,
+    test: ImageData,
+    processor: Any,
+    report: PurificationReport,
+    attack: Attack,
+    rate: float,
+    seed: int,
+) -> dict[str, Any]:
+    tuned = fine_tune(suspect, clean, processor, report, rate=rate, seed=seed)
+    return Evaluator(test, ImagePipeline(processor), num_classes=10, attack=attack)(tuned).to_dict()
 
 
 def fine_tune(
@@ -167,6 +204,7 @@ def fine_tune(
             remove_unused_columns=False,
             save_strategy="no",
             logging_strategy="no",
+            disable_tqdm=True,
             seed=seed,
             use_cpu=True,
         )

@@ -22,7 +22,8 @@ from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.triggers import Trigger
 
-AUGMENTATIONS = ("none", "crop", "crop_flip")
+AUGMENTATIONS = ("none", "crop", "crop_flip", "affine")
+ROTATION, SHIFT, SCALES = 15.0, 0.125, (0.9, 1.1)  # of `affine`: degrees, share of the side, factors
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow's decoders raise
 
 
@@ -254,7 +255,8 @@ class Augmentation:
 
     Args:
         name: `"none"`; `"crop"`, an integer shift by up to round(S / 8) pixels each way (4 at S = 32) that fills with
-            black; `"crop_flip"`, the same and a horizontal flip of half of the pictures.
+            black; `"crop_flip"`, the same and a horizontal flip of half of the pictures; `"affine"`, a rotation by up
+            to 15 degrees, a shift by up to S / 8 and a scaling by 0.9 to 1.1, bilinear, filled with black.
 
     Raises:
         UsageError: another name.
@@ -291,6 +293,8 @@ class Augmentation:
             return self._augment(pixels)
 
     def _augment(self, pixels: Tensor) -> Tensor:
+        if self.name == "affine":
+            return K.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), scale=SCALES, p=1.0)(pixels)
         height, width = pixels.shape[-2:]
         crop = K.RandomCrop((height, width), padding=(round(width / 8), round(height / 8)))
         pixels = crop(pixels)

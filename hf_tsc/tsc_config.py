@@ -61,9 +61,10 @@ BATCH_NORM_DEFAULTS: dict[str, Any] = {
 }
 TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "stages": 2,
-    "curve1_t": 0.3,
-    "curve2_t": 0.2,
+    "curve1_t": 0.4,
+    "curve2_t": 0.3,
     "objective": "cross_entropy",
+    "mixup_alpha": 0.2,
     "move_spaces": ["hidden"],
     "optim": "adamw_torch",
     "optim_args": None,
@@ -102,7 +103,7 @@ class TSCConfig(TrainingArguments):
     objective (`str`): `cross_entropy` (labels) or `distillation` (the suspect's own answers on clean images).
     temperature (`float`): of the distillation.
     mixup_alpha (`float`): mixup with λ ~ Beta(alpha, alpha); 0 for none.
-    augmentation (`str`): `none`, `crop` or `crop_flip`.
+    augmentation (`str`): `none`, `crop`, `crop_flip` or `affine` (see `hf_tsc.images.Augmentation`).
     """
 
     rounds: int = field(default=1, metadata={"help": "How often the two curves are run."})

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from concurrent.futures import Executor, Future
 
 import numpy as np
 import pytest
@@ -18,6 +19,18 @@ QUICK = {"disable_tqdm": True, "logging_strategy": "no"}
 RATES = (0.001, 0.01, 0.1)
 
 
+class InThisProcess(Executor):
+    """Stands in for the pool of processes, which would import everything anew."""
+
+    def __init__(self, *args):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """`hf-tsc demo` on 150 digits of 8 x 8 pixels: the output folder and what it printed."""
@@ -30,6 +43,7 @@ def finished(tmp_path_factory):
     output, printed = tmp_path_factory.mktemp("demo") / "out", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "DEMO_MODELS", models)
+        patch.setattr(demo, "ProcessPoolExecutor", InThisProcess)
         patch.setattr(demo, "digits", lambda: digits(0, 150))
         for name, value in (("SUSPECT_IMAGES", 60), ("CLEAN_IMAGES", 40), ("IMAGE_SIZE", 8)):
             patch.setattr(demo, name, value)

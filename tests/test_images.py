@@ -230,10 +230,26 @@ class TestAugmentation:
         assert 160 < sum(flip for _, _, flip in found) < 240  # 4 standard deviations
         assert len({(r, c) for r, c, _ in found}) == 15
 
+    def test_affine_keeps_the_middle_near_and_stays_in_range(self):
+        """A blurred dot two thirds out moves by at most shift, rotation and scaling together, and does move."""
+        side = 48
+        ys, xs = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        dot = torch.exp(-((ys - 24) ** 2 + (xs - 36) ** 2) / 8.0).expand(200, 3, side, side)
+        found = Augmentation("affine")(dot, seed=0)
+        assert found.shape == dot.shape
+        assert found.min() >= 0
+        assert found.max() <= 1
+        mass = found[:, 0] / found[:, 0].sum((1, 2), keepdim=True)
+        centre = torch.stack([(mass * ys).sum((1, 2)), (mass * xs).sum((1, 2))], dim=1)
+        moved = (centre - torch.tensor([24.0, 36.0])).norm(dim=1)
+        furthest = 2**0.5 * 48 / 8 + 12 * (1.1 * 2 * torch.sin(torch.tensor(7.5).deg2rad()) + 0.1) + 1
+        assert moved.max() < furthest
+        assert moved.median() > 1.5
+
     def test_none_changes_nothing(self):
         assert torch.equal(Augmentation("none")(self.PIXELS, seed=0), self.PIXELS)
 
-    @pytest.mark.parametrize("name", ["crop", "crop_flip"])
+    @pytest.mark.parametrize("name", ["crop", "crop_flip", "affine"])
     def test_the_seed_alone_decides_and_the_global_state_stays(self, name):
         augment = Augmentation(name)
         torch.manual_seed(1)

@@ -1,0 +1,57 @@
+"""What README and docs say is what the files behind them say."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_tsc import cli
+from hf_tsc.demo import DEMO_MODELS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT / "recipes"))
+demo_docs = pytest.importorskip("demo_docs")
+
+
+def records():
+    return [json.loads((ROOT / "docs/demo" / f"seed-{seed}.json").read_text()) for seed in demo_docs.SEEDS]
+
+
+def test_the_table_in_the_readme_is_that_of_the_files():
+    assert demo_docs.table(records()) == (ROOT / "docs/demo/table.md").read_text(encoding="utf-8")
+    assert demo_docs.with_table(README, demo_docs.table(records())) == README
+    assert "%" not in demo_docs.table(records())
+
+
+def test_the_demo_reaches_what_it_promises():
+    """Of the committed runs: backdoored before, not after, at a small loss of accuracy."""
+    for record in records():
+        assert [run["model"] for run in record["models"]] == list(DEMO_MODELS)
+        for run in record["models"]:
+            assert run["before"]["attack_success_rate"] >= 0.95
+            assert run["tsc"]["attack_success_rate"] <= 0.05
+            assert run["tsc"]["accuracy"] >= run["before"]["accuracy"] - 0.03
+            assert run["tsc"]["n"] >= 350
+
+
+def test_links_and_pictures_are_there():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    local = [link for link in links if not link.startswith("http")]
+    assert len(local) >= 4
+    assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_commands_of_the_readme_have_these_options():
+    """Every `hf-tsc COMMAND ... --option` of the README names a command and options that are there."""
+    lines = [line for line in README.replace("\\\n", " ").splitlines() if line.startswith("hf-tsc ")]
+    assert len(lines) >= 3
+    for line in lines:
+        _, command, *words = shlex.split(line, comments=True)
+        types = {"purify": (cli.ModelArguments, cli.DataArguments, cli.PurifyArguments, cli.TSCConfig)}[command]
+        known = {name for kind in types for name in kind.__dataclass_fields__}
+        options = {word.removeprefix("--") for word in words if word.startswith("--")}
+        assert options <= known, line
