@@ -60,9 +60,9 @@ DEMO_MODELS = {
     "vit": DemoModel(
         ViTConfig(
             hidden_size=64,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=4,
-            intermediate_size=128,
+            intermediate_size=256,
             image_size=32,
             patch_size=8,
         ),

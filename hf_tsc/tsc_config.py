@@ -62,7 +62,7 @@ BATCH_NORM_DEFAULTS: dict[str, Any] = {
 TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "stages": 2,
     "curve1_t": 0.4,
-    "curve2_t": 0.3,
+    "curve2_t": 0.35,
     "objective": "cross_entropy",
     "mixup_alpha": 0.2,
     "move_spaces": ["hidden"],
