@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from hf_tsc.batch_norm import batch_norm_buffers
 from hf_tsc.data import CleanSubset, ImageData, check_classes, clean_subset, indices_hash, open_images, parse_budget
 from hf_tsc.derive import image_size
 from hf_tsc.errors import UsageError
@@ -18,6 +19,11 @@ from hf_tsc.hub import Source, load_image_processor
 from hf_tsc.images import ImagePipeline, PixelDataset, pixel_dataset
 from hf_tsc.tsc_config import TSCConfig
 from hf_tsc.tsc_trainer import TSCTrainer
+
+DISTILLED_TRANSFORMER = (
+    "Distillation from the suspect has brought backdoors of small transformers back in trials; with labels "
+    "(objective cross_entropy) they went."
+)
 
 
 @dataclass
@@ -78,6 +84,8 @@ class Job:
             )
         note = check_labels(data, model)
         notes += [note] if note else []
+        if config.objective == "distillation" and not batch_norm_buffers(model):
+            notes.append(DISTILLED_TRANSFORMER)
         size = parse_budget(budget) if isinstance(budget, str) else budget
         subset = clean_subset(labels, len(data.rows), budget=size, held_out=held_out, seed=config.seed)
         processor = load_image_processor(source)
@@ -125,6 +133,8 @@ class Measures:
         if job.data.label_column is not None:
             evaluators["held_out"] = Evaluator(job.data, job.pipeline, indices=job.subset.held_out, **options)
         if test is not None:
+            if test.rows._fingerprint == job.data.rows._fingerprint:
+                raise UsageError(f"the test images are those of {job.data.name} that the clean ones are drawn from")
             check_labels(test, job.model)
             evaluators["test"] = Evaluator(test, job.pipeline, **options)
         return cls(evaluators)

@@ -62,7 +62,7 @@ def test_numbers_are_those_of_the_reports(finished):
     output, _ = finished
     found = read_json(output / "demo.json")
     assert found["seed"] == 4
-    assert [result["model"] for result in found["models"]] == ["resnet", "vit"]
+    assert [result["model"] for result in found["models"]] == ["vit", "resnet"]
     for result in found["models"]:
         report = PurificationReport.from_file(output / f"{result['model']}-purified" / "tsc_report.json")
         assert (result["before"], result["tsc"]) == (report.before["test"], report.after["test"])

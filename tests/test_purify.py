@@ -30,6 +30,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Re
 
 from hf_tsc import AccuracyBudgetError, Attack, BadNets, PurificationReport, TSCConfig, TSCTrainer, UsageError, purify
 from hf_tsc.curve_result import CurveResult
+from hf_tsc.job import DISTILLED_TRANSFORMER
 from hf_tsc.suspects import SuspectConfig, train_suspect
 
 FAMILIES = ("resnet", "vit")
@@ -373,3 +374,16 @@ class TestRefused:
         monkeypatch.setattr(TSCConfig, "world_size", 2)
         with pytest.raises(UsageError, match="started with 2 processes: it runs in one"):
             run(suspects["vit"], tmp_path / "out")
+
+
+def test_test_images_must_be_others(suspects, tmp_path):
+    with pytest.raises(UsageError, match="that the clean ones are drawn from"):
+        run(suspects["resnet"], tmp_path / "out", test=CLEAN)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("family", "warned"), [("resnet", False), ("vit", True)])
+def test_distilled_transformers_come_with_a_word_of_warning(suspects, tmp_path, family, warned):
+    report = run(suspects[family], tmp_path / "out", config={"objective": "distillation"})
+    assert (DISTILLED_TRANSFORMER in report.notes) == warned
+    assert (DISTILLED_TRANSFORMER[:40] in str(report.card())) == warned
