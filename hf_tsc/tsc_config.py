@@ -103,6 +103,7 @@ class TSCConfig(TrainingArguments):
     objective (`str`): `cross_entropy` (labels) or `distillation` (the suspect's own answers on clean images).
     temperature (`float`): of the distillation.
     mixup_alpha (`float`): mixup with λ ~ Beta(alpha, alpha); 0 for none.
+    channels_last (`bool`): convolutions in channels-last memory format, which most accelerators prefer.
     augmentation (`str`): `none`, `crop`, `crop_flip` or `affine` (see `hf_tsc.images.Augmentation`).
     """
 
@@ -138,6 +139,10 @@ class TSCConfig(TrainingArguments):
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup with Beta(alpha, alpha); 0 for none."})
     augmentation: str = field(
         default="crop", metadata={"help": "Random changes of the training images.", "choices": AUGMENTATIONS}
+    )
+
+    channels_last: bool = field(
+        default=False, metadata={"help": "Keep convolution weights and activations in channels-last memory format."}
     )
 
     # TrainingArguments whose defaults do not suit a purification

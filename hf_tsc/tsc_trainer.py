@@ -88,9 +88,12 @@ class TSCTrainer(ObjectiveTrainer):
         if objective is None:
             score_name = "accuracy" if "labels" in eval_dataset[0] else "agreement"
             objective = _classification(args, processing_class, self.suspect, score_name)
+        curve = CurveModel(model)
+        if args.channels_last:
+            curve.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         super().__init__(
             objective=objective,
-            model=CurveModel(model),
+            model=curve,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

@@ -406,3 +406,21 @@ class TestRefusals:
         hidden = {name for name in tiny.spec("vit").axes if ".mlp." in name and not name.endswith("fc2.bias")}
         assert moved <= hidden
         assert len(moved) > 2
+
+
+def test_channels_last_changes_the_memory_format_and_not_the_course(tmp_path):
+    plain, other = (trainer(tmp_path / str(on), "resnet", channels_last=on) for on in (False, True))
+    for made in (plain, other):
+        made.train()
+    kernels = [bend for bend in other.curve.bend.values() if bend.ndim == 4 and bend.shape[2] > 1]
+    assert len(kernels) > 3
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    for name, point in plain.purified_model().state_dict().items():
+        torch.testing.assert_close(other.purified_model().state_dict()[name], point, rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_trains_and_gives_float32_weights(tmp_path):
+    made = trainer(tmp_path, "vit", bf16=True)
+    made.train()
+    found = made.purified_model().state_dict()
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in found.values())
