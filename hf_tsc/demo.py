@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -91,7 +91,8 @@ def split_digits(seed: int) -> tuple[ImageData, ImageData, ImageData]:
     """Disjoint images: 1,200 the suspect trains on, 150 clean ones to purify with, and the others for testing."""
     rows = digits().shuffle(seed=seed)
     edges = (0, SUSPECT_IMAGES, SUSPECT_IMAGES + CLEAN_IMAGES, len(rows))
-    first, clean, test = (open_images(rows.select(range(a, b))) for a, b in pairwise(edges))
+    parts = (open_images(rows.select(range(a, b))) for a, b in pairwise(edges))
+    first, clean, test = (replace(part, name="scikit-learn digits") for part in parts)
     return first, clean, test
 
 

@@ -176,7 +176,7 @@ def _plot_curve(axis: Any, curve: CurveResult, score_name: str) -> None:
     axis.plot(
         ts, [100 * p.score for p in curve.sweep], "o-", color="#0072b2", ms=3, label=f"clean {score_name}, held-out"
     )
-    for name, colour in zip(curve.sweep[0].monitors, ("#d55e00", "#009e73", "#cc79a7"), strict=False):
+    for name, colour in zip(curve.sweep[0].monitors, ("#009e73", "#d55e00", "#cc79a7"), strict=False):
         values = [100 * p.monitors[name] for p in curve.sweep]
         axis.plot(ts, values, "s--", color=colour, ms=3, label=name.replace("_", " "))
     axis.axvline(curve.t_star, color="#555555", lw=1, ls=":")
