@@ -217,6 +217,8 @@ def purify_command(argv: Sequence[str]) -> None:
         resume=args.resume,
     )
     print(report_table(report))
+    for note in report.notes:
+        print(f"note: {note}")
     print(f"\nThe purified model, its card and {REPORT_FILE} are in {config.output_dir}")
 
 
