@@ -270,7 +270,7 @@ def line(row: Mapping[str, Any]) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file; without it the table is only printed")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more add the noise of their scheduling")
     parser.add_argument("--repeats", type=int, default=25, help=f"turns; times {REPEATS}")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
