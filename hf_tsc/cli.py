@@ -23,7 +23,7 @@ from hf_tsc.demo import DEMO_MODELS, run_demo
 from hf_tsc.derive import derive_spec, example_inputs, image_size, verify
 from hf_tsc.errors import HfTscError, UsageError
 from hf_tsc.evaluation import Attack, evaluate_model
-from hf_tsc.hub import load_image_processor, load_model, resolve_model
+from hf_tsc.hub import Source, load_image_processor, load_model, resolve_model
 from hf_tsc.images import ImagePipeline
 from hf_tsc.job import DataArguments, check_classifier, check_labels
 from hf_tsc.purify import purify
@@ -44,9 +44,9 @@ class ModelArguments:
     local: bool = field(default=False, metadata={"help": "MODEL is a folder, however it is spelled."})
     use_token: bool = field(default=False, metadata={"help": "Send the saved Hub token (private or gated repos)."})
 
-    @property
-    def token(self) -> bool:
-        return self.use_token
+    def resolve(self, model: str) -> Source:
+        """The checked files of the model that was named on the command line."""
+        return resolve_model(model, revision=self.revision, local=self.local, token=self.use_token)
 
 
 @dataclass
@@ -204,7 +204,7 @@ def purify_command(argv: Sequence[str]) -> None:
     if "output_dir" not in given:
         raise UsageError("--output_dir is missing: name the folder for the purified model")
     overrides = {k: v for k, v in given.items() if k in TSCConfig.__dataclass_fields__ and k != "output_dir"}
-    source = resolve_model(rest.model, revision=model_args.revision, local=model_args.local, token=model_args.token)
+    source = model_args.resolve(rest.model)
     report = purify(
         source,
         data_args.open(),
@@ -234,7 +234,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
     types = (ModelArguments, DataArguments, AttackArguments, EvaluateArguments)
     parser = _parser("evaluate", types, positional="MODEL", help="repo id on the Hub, or a folder (./x, /x)")
     model_args, data_args, attack_args, args, rest = _parse(parser, argv)
-    source = resolve_model(rest.model, revision=model_args.revision, local=model_args.local, token=model_args.token)
+    source = model_args.resolve(rest.model)
     model, _ = load_model(source, auto_class=AutoModelForImageClassification)
     data, attack = data_args.open(), attack_args.attack()
     check_classifier(model, source)
@@ -253,7 +253,7 @@ def spec_command(argv: Sequence[str]) -> None:
         "spec", (ModelArguments, EvaluateArguments), positional="MODEL", help="repo id, or a folder (./x, /x)"
     )
     model_args, args, rest = _parse(parser, argv)
-    source = resolve_model(rest.model, revision=model_args.revision, local=model_args.local, token=model_args.token)
+    source = model_args.resolve(rest.model)
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     classifier = any(str(name).endswith("ForImageClassification") for name in config.get("architectures") or [])
     model, _ = load_model(source, auto_class=AutoModelForImageClassification if classifier else AutoModel)

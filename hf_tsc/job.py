@@ -18,7 +18,7 @@ from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.hub import Source, load_image_processor
 from hf_tsc.images import ImagePipeline, PixelDataset, pixel_dataset
 from hf_tsc.tsc_config import TSCConfig
-from hf_tsc.tsc_trainer import TSCTrainer
+from hf_tsc.tsc_trainer import TSCTrainer, tensors_of
 
 DISTILLED_TRANSFORMER = (
     "Distillation from the suspect has brought backdoors of small transformers back in trials; with labels "
@@ -146,8 +146,7 @@ class Measures:
             place: evaluator(model.eval(), device=device).to_dict() for place, evaluator in self.evaluators.items()
         }
         if "held_out" not in found:
-            tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            score = trainer.measure({name: tensor.detach() for name, tensor in tensors.items()})["score"]
+            score = trainer.measure(tensors_of(model))["score"]
             found = {"held_out": {"n": len(trainer.eval_dataset), trainer.objective.score_name: score}, **found}  # type: ignore[arg-type]
         return found
 

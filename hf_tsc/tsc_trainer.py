@@ -121,7 +121,7 @@ class TSCTrainer(ObjectiveTrainer):
 
     def begin(self) -> None:
         """Un-align, and lay the first curve of a training that starts from nothing."""
-        self._begin_first_curve(_tensors_of(self.suspect))
+        self._begin_first_curve(tensors_of(self.suspect))
 
     def _begin_first_curve(self, theta: Params) -> None:
         """γ1: from θ to its un-aligned copy θ'."""
@@ -250,7 +250,7 @@ class TSCTrainer(ObjectiveTrainer):
     def baseline(self) -> dict[str, float]:
         """`loss` and `score` of the suspect on the held-out images."""
         if self._baseline is None:
-            self._baseline = self.measure(_tensors_of(self.suspect))
+            self._baseline = self.measure(tensors_of(self.suspect))
         return self._baseline
 
     def _sweep(self) -> list[CurvePoint]:
@@ -343,7 +343,8 @@ class _SegmentCallback(TrainerCallback):
             control.should_log = due  # cleared by what was logged meanwhile; the loss of this step is still to come
 
 
-def _tensors_of(model: nn.Module) -> Params:
+def tensors_of(model: nn.Module) -> Params:
+    """All parameters and buffers by name, detached: the tensors themselves, not copies."""
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
