@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_tsc.errors import PurificationError
-from hf_tsc.permutation import Params, Tap
+from hf_tsc.permutation import PROJECTIONS, Params, Tap
 
 Batch = dict[str, Tensor]
 
@@ -189,12 +190,28 @@ def _hooks(model: nn.Module, readers: list[tuple[Tap, Callable[[Tensor], None]]]
     handles = []
     for tap, store in readers:
         module = model.get_submodule(tap.module)
-        if tap.side == "input":
+        if tap.side == "output":
+            handles.append(module.register_forward_hook(lambda _, __, output, store=store: store(output)))
+        elif tap.side == "input":
             handles.append(module.register_forward_pre_hook(lambda _, args, store=store: store(args[0])))
         else:
-            handles.append(module.register_forward_hook(lambda _, __, output, store=store: store(output)))
+            hook = _projection_hook(PROJECTIONS.index(tap.side), store)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _projection_hook(number: int, store: Callable[[Tensor], None]) -> Callable[..., None]:
+    """Recomputes one of the three projections inside an `nn.MultiheadAttention`."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        assert isinstance(module, nn.MultiheadAttention)
+        assert module.in_proj_weight is not None
+        x = args[number] if number < len(args) else kwargs[PROJECTIONS[number]]
+        weight, bias = module.in_proj_weight.chunk(3)[number], module.in_proj_bias
+        store(F.linear(x, weight, None if bias is None else bias.chunk(3)[number]))
+
+    return hook

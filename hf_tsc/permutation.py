@@ -18,6 +18,8 @@ from hf_tsc.axes import Atom, Axis, Frozen, Permutation, atoms, index, is_frozen
 
 Params = dict[str, Tensor]
 Kind = Literal["residual", "hidden", "heads", "qk", "vo"]
+Side = Literal["input", "output", "query", "key", "value"]
+PROJECTIONS: tuple[Side, ...] = ("query", "key", "value")
 KINDS: tuple[Kind, ...] = ("residual", "hidden", "heads", "qk", "vo")
 
 
@@ -41,10 +43,13 @@ class Space:
 
 @dataclass(frozen=True)
 class Tap:
-    """Where activations are read: axis `dim` (from the end when negative) of a module's first input or output."""
+    """Where activations are read: axis `dim` (from the end when negative) of a module's first input or output.
+
+    For an `nn.MultiheadAttention`, whose layers call no hooks, `query`, `key` and `value` are its projections.
+    """
 
     module: str
-    side: Literal["input", "output"]
+    side: Side
     dim: int
     axis: Axis
 

@@ -314,7 +314,7 @@ NETWORKS = {
         [(3,), (4,)],
     ),
     "bias_averaged_over_heads": (bias_averaged_over_heads, pair(12), VECTOR, [(3,), (4,)]),
-    "three_levels": (three_levels, pair(24), VECTOR, [(2,), (2, 3), (4,)]),
+    "three_levels": (three_levels, pair(24), VECTOR, [(2,), (2, 3), (2, 4)]),
     "shuffle": (
         chain(lambda y: y.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6).relu()),
         pair(6),
@@ -324,7 +324,12 @@ NETWORKS = {
     "shuffled_residual": (shuffled_residual, pair(9), VECTOR, [(3,)]),
     # attention
     "attention": (separate, apart, TOKENS, [(3,), (3, 4), (3, 4)]),
-    "fused_reshape": (fused_reshape, lambda: {"qkv": linear(12, 36), "o": linear(12, 3)}, TOKENS, [(3,), (3, 4)]),
+    "fused_reshape": (
+        fused_reshape,
+        lambda: {"qkv": linear(12, 36), "o": linear(12, 3)},
+        TOKENS,
+        [(3,), (3, 4), (3, 4)],
+    ),
     "fused_chunk": (
         fused_chunk,
         lambda: {"qkv": linear(12, 36), "o": linear(12, 3)},
@@ -356,12 +361,12 @@ NETWORKS = {
         [(2,), (3,), (3, 4)],
     ),
     "grouped_queries": (grouped_queries, lambda: apart(6), TOKENS, [(3,), (3,)]),
-    "repeated_keys": (repeated_keys, lambda: apart(6), TOKENS, [(2,), (2, 3), (2, 3)]),
+    "repeated_keys": (repeated_keys, lambda: apart(6), TOKENS, [(2,), (2, 2), (2, 3), (2, 3)]),
     "multihead_attention": (  # its layers are used without being called: no hook sees them
         lambda net, x: net.o(net.m(x, x, x)[0].relu()).mean(1),
         lambda: {"m": nn.MultiheadAttention(12, 3, batch_first=True), "o": linear(12, 3)},
         TOKENS,
-        [(12,)],
+        [(12,), (3,), (3, 4), (3, 4)],
     ),
     # parameters
     "embeddings": (
@@ -390,13 +395,16 @@ NETWORKS = {
     ),
 }
 
+NETWORKS |= {
+    "cumsum": (chain(lambda y: y.cumsum(1)), pair(6), VECTOR, []),
+    "flip": (chain(lambda y: y.flip(-1)), pair(6), VECTOR, []),
+    "glu": (chain(F.glu), pair(6, 3), VECTOR, [(3,)]),
+}
+
 # Operators without a rule: what they touch freezes.
 UNKNOWN = {
-    "aten.cumsum.default": (chain(lambda y: y.cumsum(1)), pair(6), VECTOR, []),
     "aten.fft_rfft.default": (chain(lambda y: torch.fft.rfft(y).abs()), pair(6, 4), VECTOR, []),
     "aten.sort.default": (chain(lambda y: y.sort(-1).values), pair(6), VECTOR, []),
-    "aten.flip.default": (chain(lambda y: y.flip(-1)), pair(6), VECTOR, []),
-    "aten.glu.default": (chain(F.glu), pair(6, 3), VECTOR, []),
     "aten.adaptive_max_pool2d.default": (
         chain(lambda y: F.adaptive_max_pool2d(y, 1).flatten(1)),
         lambda: {"a": conv(3, 6), "o": linear(6, 3)},

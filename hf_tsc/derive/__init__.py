@@ -1,5 +1,6 @@
 """The permutation symmetries of any model, derived from its `torch.export` graph."""
 
+from hf_tsc.derive import encoder_inputs  # noqa: F401  (it registers its makers)
 from hf_tsc.derive.inputs import example_inputs, image_size
 from hf_tsc.derive.trace import derive_spec, fixed_outputs
 from hf_tsc.derive.verify import verify

@@ -2,33 +2,87 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 DEFAULT_IMAGE_SIZE = 64  # for configurations that name none (convolutional networks take any)
 TEXT_LENGTH = 8
+PIXEL_TOKENS = 64  # of the models that read an image pixel after pixel: the first ones suffice
+
+Maker = Callable[[PreTrainedModel, int, torch.Generator], dict[str, Tensor]]
+_MAKERS: dict[str, Maker] = {}
+
+
+def inputs_of(*model_types: str) -> Callable[[Maker], Maker]:
+    """Register a function that makes the inputs of model types which take other ones than images (and texts)."""
+
+    def register(maker: Maker) -> Maker:
+        _MAKERS.update(dict.fromkeys(model_types, maker))
+        return maker
+
+    return register
 
 
 def example_inputs(model: PreTrainedModel, *, batch_size: int = 2, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs a model accepts.
 
     Returns:
-        `pixel_values` (batch_size, channels, height, width), and for dual encoders `input_ids`
+        For most models `pixel_values` (batch_size, channels, height, width), and for dual encoders `input_ids`
         (batch_size, TEXT_LENGTH), each row ending in the end-of-text token.
     """
     generator = torch.Generator().manual_seed(seed)
+    return _MAKERS.get(model.config.model_type, images_and_texts)(model, batch_size, generator)
+
+
+def images_and_texts(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """`pixel_values`, and `input_ids` where the model reads a text."""
     vision = getattr(model.config, "vision_config", model.config)
     height, width = image_size(vision)
     channels = getattr(vision, "num_channels", 3)
     inputs = {"pixel_values": torch.randn(batch_size, channels, height, width, generator=generator)}
+    return inputs | texts(model, batch_size, generator)
+
+
+@inputs_of("siglip2", "siglip2_vision_model")
+def patches_and_texts(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Square images cut into patches: `pixel_values` (batch_size, patches, pixels of a patch), and texts."""
+    vision = getattr(model.config, "vision_config", model.config)
+    side = math.isqrt(vision.num_patches)
+    shape = (batch_size, side**2, vision.num_channels * vision.patch_size**2)
+    inputs = {
+        "pixel_values": torch.randn(shape, generator=generator),
+        "pixel_attention_mask": torch.ones(shape[:2], dtype=torch.int64),
+        "spatial_shapes": torch.full((batch_size, 2), side),
+    }
+    return inputs | texts(model, batch_size, generator)
+
+
+@inputs_of("imagegpt")
+def pixel_tokens(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """`input_ids` (batch_size, tokens): each pixel the index of its colour."""
+    shape = (batch_size, min(model.config.n_positions, PIXEL_TOKENS))
+    return {"input_ids": torch.randint(model.config.vocab_size, shape, generator=generator)}
+
+
+def texts(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """`input_ids` of a dual encoder; nothing for its vision half, whose configuration has a text part all the same."""
     text = getattr(model.config, "text_config", None)
-    if text is not None:
-        ids = torch.randint(3, text.vocab_size - 1, (batch_size, TEXT_LENGTH), generator=generator)
-        end = text.eos_token_id
-        ids[:, -1] = end if end is not None and 2 < end < text.vocab_size else text.vocab_size - 1
-        inputs["input_ids"] = ids
-    return inputs
+    if text is None or "input_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"input_ids": token_ids(text, batch_size, generator)}
+
+
+def token_ids(text: PretrainedConfig, batch_size: int, generator: torch.Generator) -> Tensor:
+    """(batch_size, TEXT_LENGTH) random tokens, the last one the end of the text."""
+    ids = torch.randint(3, text.vocab_size - 1, (batch_size, TEXT_LENGTH), generator=generator)
+    end = text.eos_token_id
+    ids[:, -1] = end if end is not None and 2 < end < text.vocab_size else text.vocab_size - 1
+    return ids
 
 
 def image_size(config: PretrainedConfig) -> tuple[int, int]:

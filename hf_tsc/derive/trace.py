@@ -7,40 +7,79 @@ that a permuted model drops in for the original.
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node as GraphNode
+from transformers.pytorch_utils import Conv1D
 
 from hf_tsc.axes import Atom, Axis, Concat, Frozen, Product
 from hf_tsc.derive.rules import RULES, Trace, Use, Value, output_shape, unknown
-from hf_tsc.derive.trees import Cat, Free, Node, Prod, Tree, freeze, frozen, leaves, resolve
+from hf_tsc.derive.trees import (
+    Cat,
+    Free,
+    Node,
+    Prod,
+    Tree,
+    children,
+    collapse,
+    cut,
+    freeze,
+    frozen,
+    leaves,
+    markers,
+    resolve,
+    spelled_out,
+)
 from hf_tsc.errors import PurificationError
-from hf_tsc.permutation import Kind, PermutationSpec, Space, Tap
+from hf_tsc.permutation import PROJECTIONS, Kind, PermutationSpec, Side, Space, Tap
 
 # The outputs that must not change, by what the model returns: the first line that is there in full.
 FIXED_OUTPUTS = (
     ("logits",),
     ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds"),
+    ("logits_per_video", "logits_per_text", "video_embeds", "text_embeds"),
+    ("itm_score",),
     ("last_hidden_state", "pooler_output"),
     ("last_hidden_state",),
+    ("feature_maps",),
+)
+
+EXPORT_LOGGER = "torch._subclasses.fake_tensor"
+LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    Conv1D,
 )
 
 
-class _FixedOutputs(nn.Module):
-    """The model reduced to the outputs that must not change."""
+UNSAVED = "a buffer that is not saved, but made anew when the model is loaded"
+SIZE_INPUTS = ("spatial_shapes",)  # shapes inside of the model depend on their values, which a tensor hides
 
-    def __init__(self, model: nn.Module):
+
+class _FixedOutputs(nn.Module):
+    """The model reduced to the outputs that must not change; inputs that set sizes are written into its graph."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]):
         super().__init__()
         self.model = model
+        self.sizes = {name: inputs[name].cpu().numpy() for name in SIZE_INPUTS if name in inputs}
 
     def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
-        return fixed_outputs(self.model(**inputs))
+        return fixed_outputs(self.model(**inputs, **self.sizes))
 
 
 def fixed_outputs(output: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -50,8 +89,9 @@ def fixed_outputs(output: Mapping[str, Any]) -> tuple[Tensor, ...]:
         PurificationError: the output has none of the known kinds.
     """
     for names in FIXED_OUTPUTS:
-        if all(isinstance(output.get(name), Tensor) for name in names):
-            return tuple(output[name] for name in names)
+        if all(isinstance(output.get(name), Tensor | tuple) for name in names):
+            found = [output[name] for name in names]
+            return tuple(tensor for one in found for tensor in (one if isinstance(one, tuple) else (one,)))
     raise PurificationError(
         f"the model returns {sorted(output)}: expected logits, image and text embeddings or a last hidden state"
     )
@@ -71,20 +111,45 @@ def derive_spec(model: nn.Module, inputs: Mapping[str, Tensor]) -> PermutationSp
         PurificationError: the model's graph cannot be exported.
     """
     program = _export(model, inputs)
+    program.graph.eliminate_dead_code()
     trace, tensors = _propagate(program, _first_names(model))
     return _SpecBuilder(model, program, trace, tensors).build()
 
 
 def _export(model: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
-    wrapped = _FixedOutputs(copy.deepcopy(model)).to("meta").eval()
-    meta = {name: tensor.to("meta") for name, tensor in inputs.items()}
+    wrapped = _FixedOutputs(copy.deepcopy(model), inputs).to("meta").eval()
+    meta = {name: tensor.to("meta") for name, tensor in inputs.items() if name not in SIZE_INPUTS}
     try:
-        return torch.export.export(wrapped, (), meta, strict=False)
+        with torch.no_grad(), _whole_attention(), _silent(EXPORT_LOGGER):
+            return torch.export.export(wrapped, (), meta, strict=False)
     except Exception as error:  # torch.export raises many types; each means the same here
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PurificationError(
             f"the graph of {type(model).__name__} cannot be exported, so its symmetries are unknown: {line}"
         ) from error
+
+
+@contextmanager
+def _whole_attention() -> Iterator[None]:
+    """Keep `nn.MultiheadAttention` from calling its fused kernel, whose axes cannot be followed."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Keep a logger from printing the pages that come before the exception, which says it all."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
@@ -102,12 +167,15 @@ def _propagate(program: ExportedProgram, first_names: Mapping[str, str]) -> tupl
     trace, tensors = Trace(), {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            trace.values[node] = _placeholder(
-                node, is_tensor=node.name in names, is_input=node.name in signature.user_inputs
-            )
             if node.name in names:
                 name = tensors[node] = first_names[names[node.name].removeprefix("model.")]
-                trace.values[node] = values.setdefault(name, trace.values[node])
+                reason = UNSAVED if names[node.name] in signature.non_persistent_buffers else None
+                trace.values[node] = values.setdefault(name, _tensor_value(node, reason))
+            elif isinstance(node.meta.get("val"), Tensor):
+                is_input = node.name in signature.user_inputs
+                reason = "model input" if is_input else "constant"
+                axes: list[Tree] = [frozen(size, reason) for size in output_shape(node)]
+                trace.values[node] = Value(output_shape(node), axes, from_input=is_input)
         elif node.op == "call_function":
             trace.values[node] = _call(trace, node)
         elif node.op == "output":
@@ -117,15 +185,12 @@ def _propagate(program: ExportedProgram, first_names: Mapping[str, str]) -> tupl
     return trace, tensors
 
 
-def _placeholder(node: GraphNode, *, is_tensor: bool, is_input: bool) -> Value | None:
-    if not isinstance(node.meta.get("val"), Tensor):
-        return None
+def _tensor_value(node: GraphNode, reason: str | None) -> Value:
+    """A parameter or buffer; `reason` says why it cannot move, if it cannot."""
+    if not node.meta["val"].is_floating_point():
+        reason = "not floating"
     shape = output_shape(node)
-    floating = node.meta["val"].is_floating_point()
-    if is_tensor and floating:
-        return Value(shape, [Node(size) if size > 1 else frozen(1, "size 1") for size in shape])
-    reason = "model input" if is_input else "constant"
-    return Value(shape, [frozen(size, reason) for size in shape], from_input=is_input)
+    return Value(shape, [Node(size, reason) if size > 1 else frozen(size, f"size {size}") for size in shape])
 
 
 def _call(trace: Trace, node: GraphNode) -> Any:
@@ -135,15 +200,34 @@ def _call(trace: Trace, node: GraphNode) -> Any:
     if not isinstance(made, Tensor | list | tuple):
         return None
     name = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else str(node.target)
-    axes = RULES.get(name, unknown)(trace, node)
+    in_place = name.endswith("_") and not name.startswith("__")
+    axes = RULES.get(name.removesuffix("_") if in_place else name, unknown)(trace, node)
     from_input = any(v.from_input for v in trace.operands(node))
     if isinstance(made, Tensor):
-        value = Value(output_shape(node), axes, from_input)  # type: ignore[arg-type]
+        value = Value(output_shape(node), _settled(axes), from_input)  # type: ignore[arg-type]
         assert value.shape == tuple(a.size for a in value.axes), (node, value.shape)
-        if name.endswith("_") and not name.startswith("__"):
+        if in_place:
             trace.values[node.args[0]] = value  # type: ignore[index]
         return value
-    return [Value(tuple(a.size for a in one), one, from_input) for one in axes or []]  # type: ignore[union-attr, arg-type]
+    several = [_settled(one) for one in axes or []]  # type: ignore[arg-type]
+    return [Value(tuple(a.size for a in one), one, from_input) for one in several]
+
+
+def _settled(axes: Sequence[Tree]) -> list[Tree]:
+    """The axes; a choice whose marker is no axis of the tensor any more is made one."""
+    present = {leaf for axis in axes for leaf in leaves(axis)}
+    return [axis if all(m in present for m in markers(axis)) else collapse(axis) for axis in axes]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a hook can read an axis; `source` is the same for all places that read the same tensor."""
+
+    module: str
+    side: Side
+    dim: int
+    tree: Tree
+    source: object
 
 
 class _SpecBuilder:
@@ -151,12 +235,12 @@ class _SpecBuilder:
 
     def __init__(self, model: nn.Module, program: ExportedProgram, trace: Trace, tensors: dict[GraphNode, str]):
         self.model, self.trace, self.tensors = model, trace, tensors
-        self.trees = {name: trace.value(node).axes for node, name in tensors.items()}
+        self.trees = {name: [spelled_out(a) for a in trace.value(node).axes] for node, name in tensors.items()}
         for tree, role in trace.roles:
             for node in leaves(tree):
                 node.roles.add(role)
         self.modules = dict(model.named_modules())
-        self.uses = [use for use in trace.uses if use.weight in tensors and self._is_layer(use)]
+        self.places = self._find_places()
         self._freeze_unread()
         self.parents = self._find_parents()
         self.names = self._name_spaces()
@@ -185,12 +269,24 @@ class _SpecBuilder:
             return Atom(self.names[tree], tree.size, self.names[parent] if parent else None)
         if isinstance(tree, Free):
             return Frozen(tree.size, "expanded")
-        children = tuple(self._axis(child) for child in (tree.factors if isinstance(tree, Prod) else tree.parts))
-        return Product(children) if isinstance(tree, Prod) else Concat(children)
+        parts = tuple(self._axis(child) for child in children(tree))
+        return Product(parts) if isinstance(tree, Prod) else Concat(parts)
 
-    def _is_layer(self, use: Use) -> bool:
-        """Whether the linear map is the forward pass of a layer of its own, so that a hook sees it."""
-        return isinstance(self.modules[_calling_module(use)], nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    def _find_places(self) -> list[_Place]:
+        """Where hooks can read: before and after every linear layer, and the projections inside MultiheadAttention."""
+        places = []
+        for use in self.trace.uses:
+            module = _calling_module(use)
+            if isinstance(self.modules.get(module), LAYERS):
+                tree = spelled_out(self.trace.value(use.node).axes[use.dim])
+                places.append(_Place(module, use.side, use.dim, tree, (use.node, use.dim)))
+        for path, module in self.modules.items():
+            packed = f"{path}.in_proj_weight"
+            if isinstance(module, nn.MultiheadAttention) and packed in self.trees:
+                thirds = cut(self.trees[packed][0], [module.embed_dim] * 3)
+                for side, tree in zip(PROJECTIONS, thirds, strict=True):
+                    places.append(_Place(path, side, -1, tree, (path, side)))
+        return places
 
     def _freeze_unread(self) -> None:
         """Freeze what the forward pass never uses, and what no linear layer reads or makes (it has no tap)."""
@@ -198,7 +294,7 @@ class _SpecBuilder:
         for name in self.trees.keys() - used:
             for tree in self.trees[name]:
                 freeze(tree, "not used in the forward pass")
-        mapped = {leaf for use in self.uses for leaf in leaves(self.trace.value(use.node).axes[use.dim])}
+        mapped = {leaf for place in self.places for leaf in leaves(place.tree)}
         for trees in self.trees.values():
             for tree in trees:
                 for leaf in leaves(tree):
@@ -218,20 +314,23 @@ class _SpecBuilder:
         return members
 
     def _find_parents(self) -> dict[Node, Node]:
-        """Nested spaces: d never appears without h, in parameters always as a factor to the right of h."""
-        candidates: dict[Node, Node | None] = {}
+        """Nested spaces: d never appears without h, in parameters always as a factor to the right of h.
+
+        One level: a space may be nested in one that is not nested itself, the nearest such on its left.
+        """
+        outers: dict[Node, list[Node]] = {}
         for trees in self.trees.values():
             for tree in trees:
-                _outer_factors(resolve(tree), None, candidates)
-        parents = {inner: outer for inner, outer in candidates.items() if outer is not None and inner.reason is None}
+                _outer_factors(tree, [], outers)
+        company: dict[Node, set[Node]] = {}
         for value in self.trace.values.values():
             for one in value if isinstance(value, list) else [value]:
                 present = {leaf for axis in one.axes for leaf in leaves(axis)} if one is not None else set()
-                for inner in present & parents.keys():
-                    if parents[inner] not in present:
-                        del parents[inner]
-        # one level: what is nested in a nested space has one permutation for all blocks
-        return {inner: outer for inner, outer in parents.items() if outer not in parents}
+                for leaf in present & outers.keys():
+                    company[leaf] = company.get(leaf, present) & present
+        moving = {node: [o for o in outer if o in company[node]] for node, outer in outers.items() if not node.reason}
+        tops = {node: [o for o in outer if not moving[o]] for node, outer in moving.items()}
+        return {node: outer[0] for node, outer in tops.items() if outer}
 
     def _kind(self, node: Node) -> Kind:
         for role in ("heads", "qk", "vo", "residual"):
@@ -252,24 +351,21 @@ class _SpecBuilder:
     def _taps(self) -> list[Tap]:
         """Inputs of the maps that read a space, once per traced tensor; outputs of its makers where none reads it."""
         taps: list[Tap] = []
-        seen: set[tuple[object, object]] = set()
+        seen: set[object] = set()
         read: set[Node] = set()
-        for side in ("input", "output"):
-            for use in self.uses:
-                module = _calling_module(use)
-                moving = {n for n in leaves(self.trace.value(use.node).axes[use.dim]) if n.reason is None}
-                places: set[tuple[object, object]] = {(use.node, use.dim), (module, side)}
+        inputs = [place for place in self.places if place.side == "input"]
+        outputs = [place for place in self.places if place.side != "input"]
+        for places in (inputs, outputs):
+            for place in places:
+                moving = {n for n in leaves(place.tree) if n.reason is None}
                 # a layer that is called twice is one tap
-                if use.side != side or places & seen or not moving - read:
+                here: set[object] = {place.source, (place.module, place.side)}
+                if here & seen or not moving - read:
                     continue
-                seen |= places
-                taps.append(self._tap(use, module))
-            read |= {n for t in self.uses if t.side == side for n in leaves(self.trace.value(t.node).axes[t.dim])}
+                seen |= here
+                taps.append(Tap(place.module, place.side, place.dim, self._axis(place.tree)))
+            read |= {node for place in places for node in leaves(place.tree)}
         return taps
-
-    def _tap(self, use: Use, module: str) -> Tap:
-        axis = self._axis(self.trace.value(use.node).axes[use.dim])
-        return Tap(module, use.side, use.dim, axis)  # type: ignore[arg-type]
 
 
 def _calling_module(use: Use) -> str:
@@ -278,11 +374,11 @@ def _calling_module(use: Use) -> str:
     return path.partition("@")[0].partition(".")[2]
 
 
-def _outer_factors(tree: Tree, outer: Node | None, found: dict[Node, Node | None]) -> None:
-    """Record for every leaf the nearest moving factor on its left; None when it has several, or stands without."""
+def _outer_factors(tree: Tree, outer: list[Node], found: dict[Node, list[Node]]) -> None:
+    """Record for every leaf the moving factors that are on its left wherever it stands, the nearest first."""
     tree = resolve(tree)
     if isinstance(tree, Node):
-        found[tree] = outer if found.get(tree, outer) is outer else None
+        found[tree] = [node for node in found.get(tree, outer) if node in outer]
     elif isinstance(tree, Cat):
         for part in tree.parts:
             _outer_factors(part, outer, found)
@@ -291,7 +387,7 @@ def _outer_factors(tree: Tree, outer: Node | None, found: dict[Node, Node | None
             _outer_factors(child, outer, found)
             child = resolve(child)
             if isinstance(child, Node) and child.reason is None:
-                outer = child
+                outer = [child, *outer]
 
 
 def _main_prefix(names: list[str]) -> str:

@@ -11,19 +11,28 @@ from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import TypeAlias
 
-Tree: TypeAlias = "Node | Prod | Cat | Free"
+Tree: TypeAlias = "Node | Prod | Cat | Free | Choice"
 
 
 class Node:
-    """A set of `size` units that move as one; `reason` is None while it may move, else why it is frozen."""
+    """A set of `size` units that move as one; `reason` is None while it may move, else why it is frozen.
 
-    __slots__ = ("bound", "reason", "roles", "size")
+    Attributes:
+        bound: what it has been refined to.
+        roles: what the graph uses it for ("heads", "qk", ...).
+        inner: for a part of an axis that a view has split, the parts on its right; None for a whole axis.
+        joined: whether a part has been unified with another tree by itself.
+    """
+
+    __slots__ = ("bound", "inner", "joined", "reason", "roles", "size")
 
     def __init__(self, size: int, reason: str | None = None):
         self.size = size
         self.reason = reason
-        self.bound: Node | Prod | Cat | None = None
+        self.bound: Tree | None = None
         self.roles: set[str] = set()
+        self.inner: tuple[Node, ...] | None = None
+        self.joined = False
 
 
 class Prod:
@@ -61,6 +70,20 @@ class Free:
         self.size = size
 
 
+class Choice:
+    """An axis that is another one for every position of the axis `marker`: a fused qkv seen as (3, heads, d)."""
+
+    __slots__ = ("marker", "options")
+
+    def __init__(self, marker: Node, options: Sequence[Tree]):
+        self.marker = marker
+        self.options = tuple(options)
+
+    @property
+    def size(self) -> int:
+        return self.options[0].size
+
+
 def frozen(size: int, reason: str) -> Node:
     return Node(size, reason)
 
@@ -69,14 +92,14 @@ def resolve(tree: Tree) -> Tree:
     """The tree as known by now, flattened: no bound nodes, size-1 factors or adjacent frozen neighbours left in it."""
     if isinstance(tree, Node):
         return resolve(tree.bound) if tree.bound is not None else tree
-    if isinstance(tree, Free):
+    if isinstance(tree, Free | Choice):
         return tree
     if isinstance(tree, Prod):
-        children = [c for f in tree.factors for c in _flat(resolve(f), Prod) if c.size != 1]
-        merged = _merge_frozen(children, lambda a, b: a * b)
+        factors = [c for f in tree.factors for c in _flat(resolve(f), Prod) if c.size != 1]
+        merged = _merge_frozen(factors, lambda a, b: a * b)
         return merged[0] if len(merged) == 1 else Prod(merged) if merged else frozen(1, "size 1")
-    children = [c for p in tree.parts for c in _flat(resolve(p), Cat) if c.size != 0]
-    merged = _merge_frozen(children, lambda a, b: a + b)
+    parts = [c for p in tree.parts for c in _flat(resolve(p), Cat) if c.size != 0]
+    merged = _merge_frozen(parts, lambda a, b: a + b)
     return merged[0] if len(merged) == 1 else Cat(merged) if merged else frozen(0, "empty")
 
 
@@ -88,9 +111,9 @@ def _flat(tree: Tree, kind: type) -> tuple[Tree, ...]:
     return (frozen(tree.size, "expanded"),) if isinstance(tree, Free) else (tree,)
 
 
-def _merge_frozen(children: list[Tree], combine: Callable[[int, int], int]) -> list[Tree]:
+def _merge_frozen(trees: list[Tree], combine: Callable[[int, int], int]) -> list[Tree]:
     merged: list[Tree] = []
-    for child in children:
+    for child in trees:
         reason = _frozen_reason(merged[-1]) if merged else None
         if reason is not None and _frozen_reason(child) is not None:
             merged[-1] = frozen(combine(merged[-1].size, child.size), reason)
@@ -108,9 +131,18 @@ def leaves(tree: Tree) -> Iterator[Node]:
     tree = resolve(tree)
     if isinstance(tree, Node):
         yield tree
-    elif isinstance(tree, Prod | Cat):
-        for child in tree.factors if isinstance(tree, Prod) else tree.parts:
+    else:
+        for child in children(tree):
             yield from leaves(child)
+
+
+def children(tree: Tree) -> tuple[Tree, ...]:
+    """What a resolved tree is made of; nothing for a leaf."""
+    if isinstance(tree, Prod):
+        return tree.factors
+    if isinstance(tree, Cat):
+        return tree.parts
+    return tree.options if isinstance(tree, Choice) else ()
 
 
 def freeze(tree: Tree, reason: str) -> None:
@@ -127,7 +159,9 @@ def unify(a: Tree, b: Tree, reason: str = "axes that do not match") -> None:
         return
     if a.size != b.size:
         raise ValueError(f"axes of size {a.size} and {b.size} cannot be one: a rule of the tracer is wrong")
-    if isinstance(a, Node) and isinstance(b, Node):
+    if isinstance(a, Choice) or isinstance(b, Choice):
+        _unify_choices(a, b, reason)
+    elif isinstance(a, Node) and isinstance(b, Node):
         _union(a, b)
     elif isinstance(a, Node):
         assert not isinstance(b, Node)
@@ -148,6 +182,7 @@ def unify(a: Tree, b: Tree, reason: str = "axes that do not match") -> None:
 def _union(a: Node, b: Node) -> None:
     keep, drop = (a, b) if a.reason is not None or b.reason is None else (b, a)
     keep.roles |= drop.roles
+    keep.joined = True
     drop.bound = keep
 
 
@@ -155,10 +190,82 @@ def _bind(node: Node, tree: Prod | Cat, reason: str) -> None:
     if node.reason is not None:
         freeze(tree, node.reason)
         return
-    if any(leaf is node for leaf in leaves(tree)):
+    inside = list(leaves(tree))
+    if node in inside:
         freeze(tree, reason)
         return
+    for leaf in inside:
+        leaf.joined = True
     node.bound = tree
+
+
+def _unify_choices(a: Tree, b: Tree, reason: str) -> None:
+    if isinstance(a, Choice) and isinstance(b, Choice) and resolve(a.marker) is resolve(b.marker):
+        for x, y in zip(a.options, b.options, strict=True):
+            unify(x, y, reason)
+    else:
+        unify(collapse(a), collapse(b), reason)
+
+
+def collapse(tree: Tree) -> Tree:
+    """The tree with all options of every choice made one."""
+    tree = resolve(tree)
+    if isinstance(tree, Choice):
+        for other in tree.options[1:]:
+            unify(tree.options[0], other)
+        return collapse(tree.options[0])
+    if isinstance(tree, Prod):
+        return resolve(Prod([collapse(f) for f in tree.factors]))
+    return resolve(Cat([collapse(p) for p in tree.parts])) if isinstance(tree, Cat) else tree
+
+
+def choose(tree: Tree, marker: Tree, position: int) -> Tree:
+    """The tree at one position of the marker."""
+    tree = resolve(tree)
+    if isinstance(tree, Choice):
+        return choose(tree.options[position], marker, position) if resolve(tree.marker) is resolve(marker) else tree
+    if isinstance(tree, Prod):
+        return resolve(Prod([choose(f, marker, position) for f in tree.factors]))
+    return resolve(Cat([choose(p, marker, position) for p in tree.parts])) if isinstance(tree, Cat) else tree
+
+
+def spelled_out(tree: Tree) -> Tree:
+    """The tree with every marker and its choices written as a concatenation."""
+    tree = resolve(tree)
+    if isinstance(tree, Cat):
+        return resolve(Cat([spelled_out(p) for p in tree.parts]))
+    if not isinstance(tree, Prod):
+        return collapse(tree)
+    for i, marker in enumerate(tree.factors):
+        rest = Prod(tree.factors[i + 1 :])
+        if any(m is marker for m in markers(rest)):
+            parts = [spelled_out(choose(rest, marker, k)) for k in range(marker.size)]
+            return resolve(Prod([*tree.factors[:i], Cat(parts)]))
+    return resolve(Prod([spelled_out(f) for f in tree.factors]))
+
+
+def markers(tree: Tree) -> Iterator[Tree]:
+    """The markers of all choices in a tree."""
+    tree = resolve(tree)
+    if isinstance(tree, Choice):
+        yield resolve(tree.marker)
+    for child in children(tree):
+        yield from markers(child)
+
+
+def take_apart(axis: Tree, reason: str) -> None:
+    """Positions of this axis are picked one by one, so it cannot move.
+
+    Where it is a factor of a split axis of which nothing else is known yet, as the 3 of a fused qkv, what lies inside
+    need not be the same for all positions: it becomes a `Choice`.
+    """
+    axis = resolve(axis)
+    if isinstance(axis, Node) and axis.reason is None and axis.inner:
+        parts = [leaf for tree in axis.inner for leaf in leaves(tree)]
+        if not any(part.reason or part.joined for part in parts):
+            for part in parts:
+                part.bound = Choice(axis, [Node(part.size) for _ in range(axis.size)])
+    freeze(axis, reason)
 
 
 def _unify_products(a: Prod, b: Prod, reason: str) -> None:
@@ -184,6 +291,9 @@ def _split_node(node: Node, sizes: Sequence[int]) -> list[Node]:
     parts = [Node(size, node.reason) for size in sizes]
     if node.reason is None:
         node.bound = Prod(parts)
+    for i, part in enumerate(parts):
+        part.inner = (*parts[i + 1 :], *(node.inner or ()))
+        part.joined = node.joined and node.inner is not None
     return parts
 
 
@@ -193,8 +303,8 @@ def _unify_copies(product: Prod, concat: Cat, reason: str) -> None:
     rest = resolve(Prod(product.factors[1:]))
     if first.size == len(parts) and all(p.size == rest.size for p in parts):
         freeze(first, "order of copies")
-        for part in parts:
-            unify(part, rest, reason)
+        for i, part in enumerate(parts):
+            unify(part, choose(rest, first, i), reason)
     else:
         freeze(product, reason)
         freeze(concat, reason)
@@ -221,6 +331,8 @@ def cut(tree: Tree, sizes: Sequence[int]) -> list[Tree]:
         return [tree]
     if isinstance(tree, Free):
         return [Free(size) for size in sizes]
+    if isinstance(tree, Choice):
+        return _each_option(tree, lambda option: cut(option, sizes))
     if isinstance(tree, Node):
         parts: list[Tree] = [Node(size, tree.reason) for size in sizes]
         if tree.reason is None:
@@ -260,10 +372,20 @@ def factor(tree: Tree, sizes: Sequence[int]) -> list[Tree]:
         return [Free(size) for size in sizes]
     if isinstance(tree, Node):
         return list(_split_node(tree, sizes))
+    if isinstance(tree, Choice):
+        return _each_option(tree, lambda option: factor(option, sizes))
     if isinstance(tree, Cat):
+        if sizes[0] == len(tree.parts) and len({part.size for part in tree.parts}) == 1:
+            choice = Choice(frozen(sizes[0], "order of parts"), tree.parts)
+            return [choice.marker, *factor(choice, sizes[1:])]
         freeze(tree, "view across a concatenation")
         return [frozen(size, "view across a concatenation") for size in sizes]
     return _factor_product(tree, sizes)
+
+
+def _each_option(choice: Choice, work: Callable[[Tree], list[Tree]]) -> list[Tree]:
+    """The pieces of a choice: choices among the options' pieces."""
+    return [Choice(choice.marker, pieces) for pieces in zip(*map(work, choice.options), strict=True)]
 
 
 def _factor_product(tree: Prod, sizes: Sequence[int]) -> list[Tree]:

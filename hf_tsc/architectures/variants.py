@@ -1,0 +1,45 @@
+"""A tiny model of every architecture that hf_tsc is proven on, each config switch that changes the spec apart.
+
+The models are made from configurations with random weights: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from hf_tsc.derive.verify import TOLERANCE
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One architecture under one setting of the switches that change its symmetry.
+
+    Attributes:
+        name: model type, and in parentheses the switch, e.g. `beit(abs)`.
+        build: makes the model, at its default initialisation.
+        tolerance: relative error that its verification may have (larger where the model casts to float32 inside).
+    """
+
+    name: str
+    build: Callable[[], PreTrainedModel]
+    tolerance: float = TOLERANCE
+
+
+VARIANTS: dict[str, Variant] = {}
+
+Builder = Callable[[], PreTrainedModel]
+
+
+def variant(name: str, *, tolerance: float = TOLERANCE) -> Callable[[Builder], Builder]:
+    """Register a function that makes a tiny model."""
+
+    def register(build: Builder) -> Builder:
+        if name in VARIANTS:
+            raise ValueError(f"the variant {name!r} is registered twice")
+        VARIANTS[name] = Variant(name, build, tolerance)
+        return build
+
+    return register

@@ -1,0 +1,149 @@
+"""Linear maps: layers, convolutions, products of activations, attention."""
+
+from __future__ import annotations
+
+from torch.fx import Node as GraphNode
+
+from hf_tsc.derive.rules.base import Trace, Use, Value, argument, broadcast, optional, output_shape, rule, unknown
+from hf_tsc.derive.trees import Free, Prod, Tree, factor, freeze, frozen, unify
+
+
+@rule("linear")
+def linear(trace: Trace, node: GraphNode) -> list[Tree]:
+    x_node, bias = node.args[0], argument(node, 2, "bias")
+    x, weight = trace.value(x_node), trace.value(node.args[1])
+    unify(x.axes[-1], weight.axes[1])
+    if bias is not None:
+        unify(weight.axes[0], trace.value(bias).axes[0])
+    trace.uses += [Use(x_node, "input", -1, node), Use(node, "output", -1, node)]  # type: ignore[arg-type]
+    return [*x.axes[:-1], weight.axes[0]]
+
+
+@rule("addmm")
+def addmm(trace: Trace, node: GraphNode) -> list[Tree]:
+    """bias + x @ weight: the layer `Conv1D` of transformers."""
+    bias, x_node, w_node = node.args[:3]
+    x, weight = trace.value(x_node), trace.value(w_node)
+    unify(x.axes[-1], weight.axes[0])
+    trace.uses += [Use(x_node, "input", -1, node), Use(node, "output", -1, node)]  # type: ignore[arg-type]
+    made = Value(output_shape(node), [x.axes[0], weight.axes[1]])
+    return broadcast([made, trace.value(bias)], 2)
+
+
+@rule("einsum")
+def einsum(trace: Trace, node: GraphNode) -> list[Tree]:
+    """Axes under the same letter are one; an ellipsis stands for leading axes, aligned from the right."""
+    equation, operand_nodes = str(node.args[0]).replace(" ", ""), node.args[1]
+    sources, _, target = equation.partition("->")
+    values = [trace.value(n) for n in operand_nodes]  # type: ignore[union-attr]
+    axes: dict[str, Tree] = {}
+    for source, value in zip(sources.split(","), values, strict=True):
+        for letter, axis in zip(_letters(source, len(value.axes)), value.axes, strict=True):
+            if letter not in axes or axes[letter].size == 1 or isinstance(axes[letter], Free):
+                axes[letter] = axis
+            else:
+                unify(axes[letter], axis)
+    return [axes[letter] for letter in _letters(target, len(output_shape(node)))]
+
+
+def _letters(subscripts: str, rank: int) -> list[str]:
+    """One name an axis; the axes of an ellipsis are numbered from the right."""
+    before, dots, after = subscripts.partition("...")
+    hidden = rank - len(before) - len(after) if dots else 0
+    return [*before, *(f"...{k}" for k in range(hidden, 0, -1)), *after]
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def convolution(trace: Trace, node: GraphNode) -> list[Tree]:
+    x_node, bias = node.args[0], argument(node, 2, "bias")
+    groups = int(argument(node, 6, "groups", 1))
+    x, weight = trace.value(x_node), trace.value(node.args[1])
+    for axis in weight.axes[2:]:
+        freeze(axis, "kernel position")
+    for axis in x.axes[2:]:
+        freeze(axis, "spatial position")
+    if groups == 1:
+        unify(x.axes[1], weight.axes[1])
+        trace.uses.append(Use(x_node, "input", 1, node))  # type: ignore[arg-type]
+    elif groups == weight.shape[0] == x.shape[1]:
+        unify(x.axes[1], weight.axes[0])
+    else:
+        group, _ = factor(x.axes[1], [groups, x.shape[1] // groups])
+        out_group, _ = factor(weight.axes[0], [groups, weight.shape[0] // groups])
+        unify(group, out_group)
+        unify(x.axes[1], Prod([group, weight.axes[1]]))
+    if bias is not None:
+        unify(weight.axes[0], trace.value(bias).axes[0])
+    trace.uses.append(Use(node, "output", 1, node))
+    spatial = [frozen(size, "spatial position") for size in output_shape(node)[2:]]
+    return [x.axes[0], weight.axes[0], *spatial]
+
+
+@rule("baddbmm")
+def baddbmm(trace: Trace, node: GraphNode) -> list[Tree]:
+    """A product of matrices, added to the first operand."""
+    added, *factors = (trace.value(n) for n in node.args[:3])
+    made = Value(output_shape(node), _product(trace, *factors))
+    return broadcast([made, added], len(made.axes))
+
+
+@rule("matmul", "bmm", "mm", "dot", "mv")
+def matmul(trace: Trace, node: GraphNode) -> list[Tree]:
+    return _product(trace, trace.value(node.args[0]), trace.value(node.args[1]))
+
+
+def _product(trace: Trace, a: Value, b: Value) -> list[Tree]:
+    unify(a.axes[-1], b.axes[-2] if len(b.axes) > 1 else b.axes[0])
+    batch = broadcast([Value(v.shape[:-2], v.axes[:-2]) for v in (a, b)], max(len(a.axes), len(b.axes), 2) - 2)
+    if a.from_input and b.from_input:
+        trace.roles.extend((axis, "heads") for axis in batch[1:])
+        trace.roles.append((a.axes[-1], "qk"))
+        trace.roles.append((b.axes[-1], "vo"))
+    return [*batch, *a.axes[-2:-1], *(b.axes[-1:] if len(b.axes) > 1 else [])]
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed_convolution(trace: Trace, node: GraphNode) -> list[Tree]:
+    """The weight has the input channels first. With groups nothing is said to be known."""
+    x_node, bias = node.args[0], argument(node, 2, "bias")
+    if int(argument(node, 6, "groups", 1)) != 1:
+        return unknown(trace, node)  # type: ignore[return-value]
+    x, weight = trace.value(x_node), trace.value(node.args[1])
+    unify(x.axes[1], weight.axes[0])
+    for axis in (*weight.axes[2:], *x.axes[2:]):
+        freeze(axis, "spatial position")
+    if bias is not None:
+        unify(weight.axes[1], trace.value(bias).axes[0])
+    trace.uses += [Use(x_node, "input", 1, node), Use(node, "output", 1, node)]  # type: ignore[arg-type]
+    spatial = [frozen(size, "spatial position") for size in output_shape(node)[2:]]
+    return [x.axes[0], weight.axes[1], *spatial]
+
+
+@rule("scaled_dot_product_attention")
+def attention(trace: Trace, node: GraphNode) -> list[Tree]:
+    q, k, v = (trace.value(a) for a in node.args[:3])
+    mask = optional(trace, argument(node, 3, "attn_mask"))
+    unify(q.axes[-1], k.axes[-1])
+    unify(k.axes[-2], v.axes[-2])
+    if argument(node, 5, "is_causal", False):
+        freeze(q.axes[-2], "causal order")
+        freeze(k.axes[-2], "causal order")
+    if node.kwargs.get("enable_gqa", False):
+        for value in (q, k, v):
+            freeze(value.axes[1], "grouped-query attention")
+        batch = q.axes[:-2]
+    else:
+        batch = broadcast([Value(t.shape[:-2], t.axes[:-2]) for t in (q, k, v)], len(q.axes) - 2)
+    if mask is not None:
+        scores = Value((*q.shape[:-1], k.shape[-2]), [*batch, q.axes[-2], k.axes[-2]])
+        broadcast([scores, mask], len(scores.axes))
+    trace.roles.extend((axis, "heads") for axis in batch[1:])
+    trace.roles += [(q.axes[-1], "qk"), (v.axes[-1], "vo")]
+    return [*batch, q.axes[-2], v.axes[-1]]
+
+
+@rule("embedding")
+def embedding(trace: Trace, node: GraphNode) -> list[Tree]:
+    weight, ids = trace.value(node.args[0]), trace.value(node.args[1])
+    freeze(weight.axes[0], "looked up by index")
+    return [*ids.axes, weight.axes[1]]
