@@ -7,6 +7,7 @@ from hf_tsc.metrics import AttackSuccessRate, CleanAccuracy, RobustAccuracy
 from hf_tsc.permutation import PermutationSpec
 from hf_tsc.purify import purify
 from hf_tsc.report import PurificationReport
+from hf_tsc.signatures import register_spec, spec_from_signatures
 from hf_tsc.triggers import BadNets, Blended
 from hf_tsc.tsc_config import TSCConfig
 from hf_tsc.tsc_trainer import TSCTrainer
@@ -31,5 +32,7 @@ __all__ = [
     "derive_spec",
     "evaluate_model",
     "purify",
+    "register_spec",
+    "spec_from_signatures",
     "verify",
 ]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_tsc.errors import PurificationError
+from hf_tsc.functional import call_at
 from hf_tsc.permutation import PROJECTIONS, Params, Tap
 
 Batch = dict[str, Tensor]
@@ -177,7 +178,7 @@ def _read(
         return lambda x: use(number, pick(_by_position(x, tap.dim)).flatten(0, 1))
 
     with _hooks(model, [(tap, reader(number, tap)) for number, tap in enumerate(taps)]):
-        torch.func.functional_call(model, point, kwargs=batch)
+        call_at(model, point, batch)
 
 
 def _by_position(x: Tensor, dim: int) -> Tensor:

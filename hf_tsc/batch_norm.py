@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hf_tsc.functional import call_at
 from hf_tsc.permutation import Params
 
 
@@ -56,7 +57,7 @@ def recompute_statistics(
         for batch in batches:
             size = next(iter(batch.values())).shape[0]
             last = {name: tensor.clone() for name, tensor in buffers.items()}
-            torch.func.functional_call(model, {**params, **last}, kwargs=batch)
+            call_at(model, {**params, **last}, batch)
             for name in names:
                 total[name] += size * last[name].double()
             count += size

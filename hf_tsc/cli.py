@@ -8,7 +8,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,9 +18,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, HfArgumentParser, ViTImageProcessorPil
 
 from hf_tsc import __version__
+from hf_tsc.architectures.table import as_text, read_table
 from hf_tsc.data import ImageData
 from hf_tsc.demo import DEMO_MODELS, run_demo
-from hf_tsc.derive import derive_spec, example_inputs, image_size, verify
+from hf_tsc.derive import example_inputs, image_size, verify
 from hf_tsc.errors import HfTscError, UsageError
 from hf_tsc.evaluation import Attack, evaluate_model
 from hf_tsc.hub import Source, load_image_processor, load_model, resolve_model
@@ -29,6 +30,7 @@ from hf_tsc.job import DataArguments, check_classifier, check_labels
 from hf_tsc.purify import purify
 from hf_tsc.report import REPORT_FILE, PurificationReport
 from hf_tsc.spec_text import describe_spec
+from hf_tsc.specs import spec_of
 from hf_tsc.suspects import RECORD, SuspectConfig, train_suspect
 from hf_tsc.triggers import TRIGGERS, Trigger, trigger_from_dict
 from hf_tsc.tsc_config import PRESETS, TSCConfig
@@ -107,6 +109,14 @@ class EvaluateArguments:
 
 
 @dataclass
+class SpecArguments:
+    """What to show, and how."""
+
+    list: bool = field(default=False, metadata={"help": "Print the known architectures instead of a model's spec."})
+    json: bool = field(default=False, metadata={"help": "Print JSON."})
+
+
+@dataclass
 class SuspectArguments:
     """What to train."""
 
@@ -170,10 +180,12 @@ class _Parser(HfArgumentParser):
         raise UsageError(f"{message}; `{self.prog} --help` lists the options")
 
 
-def _parser(command: str, types: Sequence[type], *, positional: str | None = None, help: str = "") -> HfArgumentParser:
+def _parser(
+    command: str, types: Sequence[type], *, positional: str | None = None, optional: bool = False, help: str = ""
+) -> HfArgumentParser:
     parser = _Parser(list(types), prog=f"hf-tsc {command}", allow_abbrev=False)  # type: ignore[arg-type]
     if positional:
-        parser.add_argument(positional.lower(), metavar=positional, help=help)
+        parser.add_argument(positional.lower(), metavar=positional, nargs="?" if optional else None, help=help)
     return parser
 
 
@@ -249,21 +261,33 @@ def evaluate_command(argv: Sequence[str]) -> None:
 
 def spec_command(argv: Sequence[str]) -> None:
     """Show the permutation symmetries of a model."""
-    parser = _parser(
-        "spec", (ModelArguments, EvaluateArguments), positional="MODEL", help="repo id, or a folder (./x, /x)"
-    )
+    types = (ModelArguments, SpecArguments)
+    parser = _parser("spec", types, positional="MODEL", optional=True, help="repo id, or a folder (./x, /x)")
     model_args, args, rest = _parse(parser, argv)
+    if args.list:
+        return _list_architectures(as_json=args.json)
+    if rest.model is None:
+        raise UsageError("MODEL is missing: name a repo id or a folder, or give --list for the known architectures")
     source = model_args.resolve(rest.model)
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     classifier = any(str(name).endswith("ForImageClassification") for name in config.get("architectures") or [])
     model, _ = load_model(source, auto_class=AutoModelForImageClassification if classifier else AutoModel)
     inputs = example_inputs(model)
-    spec = derive_spec(model, inputs)
+    spec = spec_of(model, inputs)
     verification = verify(model, spec, inputs)
     if args.json:
         print(json.dumps({**spec.to_dict(), "relative_error": verification.error}, indent=2))
     else:
         print(describe_spec(spec, verification, type(model).__name__))
+
+
+def _list_architectures(*, as_json: bool) -> None:
+    rows, versions = read_table()
+    if as_json:
+        print(json.dumps({"versions": versions, "rows": [asdict(row) for row in rows]}, indent=2))
+        return
+    print(as_text(rows))
+    print(f"\nmeasured on tiny models with transformers {versions['transformers']}; other models are derived alike")
 
 
 def train_suspect_command(argv: Sequence[str]) -> None:

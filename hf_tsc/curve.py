@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_tsc.errors import UsageError
+from hf_tsc.functional import forget_caches
 from hf_tsc.permutation import Params
 
 
@@ -98,6 +99,8 @@ class CurveModel(nn.Module):
         self.position.t = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            forget_caches(self.model)
         with parametrize.cached():  # a tensor that a forward touches twice is mixed once
             return self.model(*args, **kwargs)
 

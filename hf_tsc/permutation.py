@@ -67,12 +67,14 @@ class PermutationSpec:
             parameter is listed; an axis that cannot move is a `Frozen` with its reason.
         taps: where each space's activations are read.
         unknown_ops: operators without a rule (the axes they touch are frozen).
+        casts: whether the network casts activations to float32 or less inside, whatever its own type.
     """
 
     spaces: dict[str, Space]
     axes: dict[str, tuple[Axis, ...]]
     taps: tuple[Tap, ...]
     unknown_ops: tuple[str, ...] = ()
+    casts: bool = False
 
     def __post_init__(self) -> None:
         for name, tensor_axes in self.axes.items():
@@ -124,6 +126,7 @@ class PermutationSpec:
                 for name, ax in self.axes.items()
             },
             "unknown_ops": list(self.unknown_ops),
+            "casts": self.casts,
         }
 
 

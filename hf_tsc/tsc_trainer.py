@@ -27,13 +27,15 @@ from hf_tsc.activations import Batch, collect_statistics
 from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve import CurveModel
 from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
-from hf_tsc.derive import derive_spec, example_inputs, verify
+from hf_tsc.derive import example_inputs, verify
 from hf_tsc.errors import PurificationError, UsageError
+from hf_tsc.functional import call_at, forget_caches
 from hf_tsc.images import ImagePipeline
 from hf_tsc.matching import match
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, ImageClassification, Objective
 from hf_tsc.permutation import Params, PermutationSpec, apply, moved_fraction
+from hf_tsc.specs import spec_of
 from hf_tsc.tsc_config import SCHEDULES, TSCConfig
 
 Monitor = Callable[[Forward], float]
@@ -81,7 +83,7 @@ class TSCTrainer(ObjectiveTrainer):
                 raise UsageError(f"{name} is empty: give more clean images")
         args._n_gpu = min(args.n_gpu, 1)  # a process has one device; the Trainer would wrap several in DataParallel
         inputs = example_inputs(model)
-        self.spec = spec if spec is not None else derive_spec(model, inputs)
+        self.spec = spec if spec is not None else spec_of(model, inputs)
         self.verification = verify(model, self.spec, inputs)
         self.suspect = copy.deepcopy(model).eval().requires_grad_(False)
         self.monitors = dict(monitors or {})
@@ -193,6 +195,7 @@ class TSCTrainer(ObjectiveTrainer):
             raise PurificationError(f"training stands at step {step} of {steps}: there is no purified model yet")
         model = copy.deepcopy(self.suspect)
         model.load_state_dict({**model.state_dict(), **self.point(0.0)})
+        forget_caches(model)
         return model.requires_grad_(True)
 
     def _with_statistics(self, params: Params) -> Params:
@@ -242,7 +245,7 @@ class TSCTrainer(ObjectiveTrainer):
 
     def _forward_at(self, tensors: Params) -> Forward:
         def forward(**inputs: Tensor) -> Any:
-            return torch.func.functional_call(self.suspect, tensors, kwargs=inputs)
+            return call_at(self.suspect, tensors, inputs)
 
         return forward
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from hf_tsc.derive.verify import TOLERANCE
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -20,12 +18,10 @@ class Variant:
     Attributes:
         name: model type, and in parentheses the switch, e.g. `beit(abs)`.
         build: makes the model, at its default initialisation.
-        tolerance: relative error that its verification may have (larger where the model casts to float32 inside).
     """
 
     name: str
     build: Callable[[], PreTrainedModel]
-    tolerance: float = TOLERANCE
 
 
 VARIANTS: dict[str, Variant] = {}
@@ -33,13 +29,13 @@ VARIANTS: dict[str, Variant] = {}
 Builder = Callable[[], PreTrainedModel]
 
 
-def variant(name: str, *, tolerance: float = TOLERANCE) -> Callable[[Builder], Builder]:
+def variant(name: str) -> Callable[[Builder], Builder]:
     """Register a function that makes a tiny model."""
 
     def register(build: Builder) -> Builder:
         if name in VARIANTS:
             raise ValueError(f"the variant {name!r} is registered twice")
-        VARIANTS[name] = Variant(name, build, tolerance)
+        VARIANTS[name] = Variant(name, build)
         return build
 
     return register

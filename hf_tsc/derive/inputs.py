@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_tsc.errors import UsageError
+
 DEFAULT_IMAGE_SIZE = 64  # for configurations that name none (convolutional networks take any)
 TEXT_LENGTH = 8
 PIXEL_TOKENS = 64  # of the models that read an image pixel after pixel: the first ones suffice
+
+UNSUPPORTED = {
+    "shieldgemma2": "it is a language model that reads images; give its vision tower alone (a SiglipVisionModel)",
+}
 
 Maker = Callable[[PreTrainedModel, int, torch.Generator], dict[str, Tensor]]
 _MAKERS: dict[str, Maker] = {}
@@ -34,7 +40,12 @@ def example_inputs(model: PreTrainedModel, *, batch_size: int = 2, seed: int = 0
     Returns:
         For most models `pixel_values` (batch_size, channels, height, width), and for dual encoders `input_ids`
         (batch_size, TEXT_LENGTH), each row ending in the end-of-text token.
+
+    Raises:
+        UsageError: the model's type is one that is not supported.
     """
+    if reason := UNSUPPORTED.get(model.config.model_type):
+        raise UsageError(f"{type(model).__name__} is not supported: {reason}")
     generator = torch.Generator().manual_seed(seed)
     return _MAKERS.get(model.config.model_type, images_and_texts)(model, batch_size, generator)
 
@@ -69,6 +80,21 @@ def pixel_tokens(model: PreTrainedModel, batch_size: int, generator: torch.Gener
     return {"input_ids": torch.randint(model.config.vocab_size, shape, generator=generator)}
 
 
+@inputs_of("timm_wrapper")
+def images_of_timm(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """`pixel_values` of the size that the wrapped timm model was built for.
+
+    That is the one in its own `pretrained_cfg`, which may differ from the one in the configuration of transformers:
+    the wrapper builds the model from the architecture's name. Arguments that the wrapper hands on come first.
+    """
+    arguments = model.config.model_args or {}
+    channels, height, width = model.timm_model.pretrained_cfg["input_size"]
+    if "img_size" in arguments:
+        height, width = _pair(arguments["img_size"])
+    channels = arguments.get("in_chans", channels)
+    return {"pixel_values": torch.randn(batch_size, channels, height, width, generator=generator)}
+
+
 def texts(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """`input_ids` of a dual encoder; nothing for its vision half, whose configuration has a text part all the same."""
     text = getattr(model.config, "text_config", None)
@@ -87,6 +113,10 @@ def token_ids(text: PretrainedConfig, batch_size: int, generator: torch.Generato
 
 def image_size(config: PretrainedConfig) -> tuple[int, int]:
     """(height, width) of the images a vision configuration is made for."""
-    size = getattr(config, "image_size", DEFAULT_IMAGE_SIZE)
+    return _pair(getattr(config, "image_size", DEFAULT_IMAGE_SIZE))
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A size as (height, width), which may be given as one number."""
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return int(height), int(width)

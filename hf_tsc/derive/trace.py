@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node as GraphNode
-from transformers.pytorch_utils import Conv1D
 
 from hf_tsc.axes import Atom, Axis, Concat, Frozen, Product
 from hf_tsc.derive.rules import RULES, Trace, Use, Value, output_shape, unknown
@@ -40,6 +40,8 @@ from hf_tsc.derive.trees import (
     spelled_out,
 )
 from hf_tsc.errors import PurificationError
+from hf_tsc.functional import forget_caches
+from hf_tsc.layers import LAYERS
 from hf_tsc.permutation import PROJECTIONS, Kind, PermutationSpec, Side, Space, Tap
 
 # The outputs that must not change, by what the model returns: the first line that is there in full.
@@ -54,18 +56,6 @@ FIXED_OUTPUTS = (
 )
 
 EXPORT_LOGGER = "torch._subclasses.fake_tensor"
-LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    Conv1D,
-)
-
-
 UNSAVED = "a buffer that is not saved, but made anew when the model is loaded"
 SIZE_INPUTS = ("spatial_shapes",)  # shapes inside of the model depend on their values, which a tensor hides
 
@@ -101,7 +91,7 @@ def derive_spec(model: nn.Module, inputs: Mapping[str, Tensor]) -> PermutationSp
     """The permutation symmetries of a model, read off its own computation.
 
     Args:
-        model: a model in float32 or float64; it is copied to the meta device and not touched.
+        model: a model of any floating type; it is copied to the meta device, without weights, and not touched.
         inputs: example inputs by name (shapes matter, values do not).
 
     Returns:
@@ -117,16 +107,32 @@ def derive_spec(model: nn.Module, inputs: Mapping[str, Tensor]) -> PermutationSp
 
 
 def _export(model: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
-    wrapped = _FixedOutputs(copy.deepcopy(model), inputs).to("meta").eval()
-    meta = {name: tensor.to("meta") for name, tensor in inputs.items() if name not in SIZE_INPUTS}
+    wrapped = _FixedOutputs(_meta_copy(model), inputs).eval()
+    meta = {name: _on_meta(tensor) for name, tensor in inputs.items() if name not in SIZE_INPUTS}
     try:
-        with torch.no_grad(), _whole_attention(), _silent(EXPORT_LOGGER):
+        with torch.no_grad(), _whole_attention(), _silent(EXPORT_LOGGER), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attributes? ")  # caches: they are forgotten
             return torch.export.export(wrapped, (), meta, strict=False)
     except Exception as error:  # torch.export raises many types; each means the same here
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PurificationError(
             f"the graph of {type(model).__name__} cannot be exported, so its symmetries are unknown: {line}"
         ) from error
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A float64 copy without weights: what is float32 in its graph has been cast."""
+    tensors = (*model.parameters(), *model.buffers())
+    memo: dict[int, Any] = {id(tensor): _on_meta(tensor) for tensor in tensors}
+    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in model.parameters()}
+    duplicate = copy.deepcopy(model, memo)
+    forget_caches(duplicate)
+    return duplicate
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty_like(tensor, device="meta", dtype=dtype)
 
 
 @contextmanager
@@ -203,6 +209,8 @@ def _call(trace: Trace, node: GraphNode) -> Any:
     in_place = name.endswith("_") and not name.startswith("__")
     axes = RULES.get(name.removesuffix("_") if in_place else name, unknown)(trace, node)
     from_input = any(v.from_input for v in trace.operands(node))
+    if isinstance(made, Tensor) and from_input and made.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        trace.casts = True
     if isinstance(made, Tensor):
         value = Value(output_shape(node), _settled(axes), from_input)  # type: ignore[arg-type]
         assert value.shape == tuple(a.size for a in value.axes), (node, value.shape)
@@ -252,7 +260,8 @@ class _SpecBuilder:
             spaces[name] = Space(name, node.size, self._kind(node), self.names[parent] if parent else None)
         floating = [n for n, t in _named_tensors(self.model).items() if t.is_floating_point()]
         axes = {name: self._tensor_axes(name) for name in floating}
-        return PermutationSpec(spaces, axes, tuple(self._taps()), tuple(sorted(self.trace.unknown_ops)))
+        unknown_ops = tuple(sorted(self.trace.unknown_ops))
+        return PermutationSpec(spaces, axes, tuple(self._taps()), unknown_ops, self.trace.casts)
 
     def _tensor_axes(self, name: str) -> tuple[Axis, ...]:
         if name in self.trees:
@@ -277,7 +286,7 @@ class _SpecBuilder:
         places = []
         for use in self.trace.uses:
             module = _calling_module(use)
-            if isinstance(self.modules.get(module), LAYERS):
+            if isinstance(self.modules.get(module), tuple(LAYERS)):
                 tree = spelled_out(self.trace.value(use.node).axes[use.dim])
                 places.append(_Place(module, use.side, use.dim, tree, (use.node, use.dim)))
         for path, module in self.modules.items():

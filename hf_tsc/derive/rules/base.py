@@ -36,12 +36,13 @@ class Use:
 
 @dataclass
 class Trace:
-    """The state of one derivation."""
+    """The state of one derivation; `casts`: whether activations are cast below float64."""
 
     values: dict[GraphNode, Any] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
     roles: list[tuple[Tree, str]] = field(default_factory=list)
     unknown_ops: set[str] = field(default_factory=set)
+    casts: bool = False
 
     def value(self, node: Any) -> Value:
         found = self.values[node]

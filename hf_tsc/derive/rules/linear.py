@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch.fx import Node as GraphNode
 
 from hf_tsc.derive.rules.base import Trace, Use, Value, argument, broadcast, optional, output_shape, rule, unknown
@@ -43,7 +45,21 @@ def einsum(trace: Trace, node: GraphNode) -> list[Tree]:
                 axes[letter] = axis
             else:
                 unify(axes[letter], axis)
-    return [axes[letter] for letter in _letters(target, len(output_shape(node)))]
+    kept = _letters(target, len(output_shape(node)))
+    if len(values) == 2 and all(value.from_input for value in values):
+        first, second = (_letters(source, len(v.axes)) for source, v in zip(sources.split(","), values, strict=True))
+        _mark_attention(trace, axes, first, second, kept)
+    return [axes[letter] for letter in kept]
+
+
+def _mark_attention(
+    trace: Trace, axes: Mapping[str, Tree], first: list[str], second: list[str], kept: list[str]
+) -> None:
+    """A product of two activations, in the terms of attention: scores of queries and keys, or weights on values."""
+    shared = [letter for letter in first if letter in second]
+    trace.roles += [(axes[letter], "heads") for letter in shared[1:] if letter in kept]
+    trace.roles += [(axes[letter], "qk") for letter in shared if letter not in kept]
+    trace.roles += [(axes[letter], "vo") for letter in second if letter in kept and letter not in shared]
 
 
 def _letters(subscripts: str, rank: int) -> list[str]:
@@ -83,23 +99,29 @@ def convolution(trace: Trace, node: GraphNode) -> list[Tree]:
 def baddbmm(trace: Trace, node: GraphNode) -> list[Tree]:
     """A product of matrices, added to the first operand."""
     added, *factors = (trace.value(n) for n in node.args[:3])
-    made = Value(output_shape(node), _product(trace, *factors))
+    activations = _of_activations(trace, *node.args[1:3])  # type: ignore[arg-type]
+    made = Value(output_shape(node), _product(trace, *factors, of_activations=activations))
     return broadcast([made, added], len(made.axes))
 
 
 @rule("matmul", "bmm", "mm", "dot", "mv")
 def matmul(trace: Trace, node: GraphNode) -> list[Tree]:
-    return _product(trace, trace.value(node.args[0]), trace.value(node.args[1]))
+    a, b = (trace.value(n) for n in node.args[:2])
+    return _product(trace, a, b, of_activations=_of_activations(trace, *node.args[:2]))  # type: ignore[arg-type]
 
 
-def _product(trace: Trace, a: Value, b: Value) -> list[Tree]:
+def _product(trace: Trace, a: Value, b: Value, *, of_activations: bool) -> list[Tree]:
     unify(a.axes[-1], b.axes[-2] if len(b.axes) > 1 else b.axes[0])
     batch = broadcast([Value(v.shape[:-2], v.axes[:-2]) for v in (a, b)], max(len(a.axes), len(b.axes), 2) - 2)
-    if a.from_input and b.from_input:
-        trace.roles.extend((axis, "heads") for axis in batch[1:])
-        trace.roles.append((a.axes[-1], "qk"))
-        trace.roles.append((b.axes[-1], "vo"))
+    if of_activations:
+        trace.roles.extend((axis, "heads") for axis in batch)
+        trace.roles += [(a.axes[-1], "qk"), (b.axes[-1], "vo")]
     return [*batch, *a.axes[-2:-1], *(b.axes[-1:] if len(b.axes) > 1 else [])]
+
+
+def _of_activations(trace: Trace, first: GraphNode, second: GraphNode) -> bool:
+    """Whether a product is one of attention, in which a query may be learned; not a layer's with its weight."""
+    return trace.value(second).from_input and (trace.value(first).from_input or first.op != "placeholder")
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -137,7 +159,7 @@ def attention(trace: Trace, node: GraphNode) -> list[Tree]:
     if mask is not None:
         scores = Value((*q.shape[:-1], k.shape[-2]), [*batch, q.axes[-2], k.axes[-2]])
         broadcast([scores, mask], len(scores.axes))
-    trace.roles.extend((axis, "heads") for axis in batch[1:])
+    trace.roles.extend((axis, "heads") for axis in batch)
     trace.roles += [(q.axes[-1], "qk"), (v.axes[-1], "vo")]
     return [*batch, q.axes[-2], v.axes[-1]]
 

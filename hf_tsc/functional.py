@@ -1,0 +1,30 @@
+"""Calling a network at a point of weight space that is not its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def call_at(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Any:
+    """The output of a network with the given parameters and buffers in place of its own."""
+    forget_caches(model)
+    try:
+        return torch.func.functional_call(model, dict(tensors), kwargs=dict(inputs))
+    finally:
+        forget_caches(model)
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Drop what modules have computed from their weights and kept.
+
+    LeViT keeps its attention biases in evaluation mode, and goes on using those of the first call whatever its weights
+    become; like others that keep something, it forgets when it is switched to training.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        module.training = mode
