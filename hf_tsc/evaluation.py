@@ -15,7 +15,7 @@ from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.images import ImagePipeline, PixelDataset, collate, pixel_dataset
 from hf_tsc.metrics import AttackSuccessRate, CleanAccuracy, RobustAccuracy
-from hf_tsc.objectives import Forward
+from hf_tsc.objectives import Forward, logits_of
 from hf_tsc.triggers import Trigger
 
 
@@ -57,7 +57,7 @@ def predict(
     found = []
     for batch in loader:
         inputs = dataset.pipeline.model_input(batch["pixels"].to(device))
-        found.append(forward(pixel_values=inputs).logits.argmax(-1).cpu())  # type: ignore[attr-defined]
+        found.append(logits_of(forward, inputs).argmax(-1).cpu())
     return torch.cat(found)
 
 

@@ -301,6 +301,9 @@ def load_model(source: Source, *, auto_class: Any, dtype: torch.dtype = torch.fl
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported in `info` instead of raised, and refused below
             )
+        except ImportError as error:
+            needed = f"{config.model_type} models need a package that is not installed"
+            raise UsageError(f"{source.path}: {needed}: {' '.join(str(error).split())[:200]}") from error
         except Exception as error:  # a constructor that is given a field out of range raises anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UsageError(f"{source.path / 'config.json'} makes no model: {reason}; correct the field.") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +93,10 @@ class ImageClassification:
         if self.mixup is not None:
             pixels, partner, share = self.mixup(pixels, seed=seed)
         inputs = self.pipeline.normalize(pixels)
-        logits = _logits(forward, inputs)
+        logits = logits_of(forward, inputs)
         if self.teacher is not None:
             with torch.no_grad():
-                target = _logits(self.teacher, inputs)
+                target = logits_of(self.teacher, inputs)
             return distillation_loss(logits, target, self.temperature)
         if "labels" not in batch:
             raise UsageError("the cross-entropy objective needs labels and the data set has none; use distillation")
@@ -111,7 +111,7 @@ class ImageClassification:
         losses, right, count = 0.0, 0, 0
         for batch in batches:
             inputs = self.pipeline.model_input(batch["pixels"])
-            logits = _logits(forward, inputs).float()
+            logits = logits_of(forward, inputs).float()
             labels = batch["labels"] if "labels" in batch else self._answers(inputs)
             losses += F.cross_entropy(logits, labels, reduction="sum").item()
             right += int((logits.argmax(-1) == labels).sum())
@@ -120,11 +120,14 @@ class ImageClassification:
 
     def _answers(self, inputs: Tensor) -> Tensor:
         assert self.teacher is not None, "without labels there is a teacher"
-        return _logits(self.teacher, inputs).argmax(-1)
+        return logits_of(self.teacher, inputs).argmax(-1)
 
 
-def _logits(forward: Forward, inputs: Tensor) -> Tensor:
-    return forward(pixel_values=inputs).logits  # type: ignore[attr-defined]
+def logits_of(forward: Forward, inputs: Tensor) -> Tensor:
+    """(n, classes) of a classifier; PP-LCNet gives them under the name of a hidden state."""
+    output: Any = forward(pixel_values=inputs)
+    logits = getattr(output, "logits", None)
+    return output.last_hidden_state if logits is None else logits
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

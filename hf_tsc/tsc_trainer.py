@@ -194,7 +194,8 @@ class TSCTrainer(ObjectiveTrainer):
         if step < steps:
             raise PurificationError(f"training stands at step {step} of {steps}: there is no purified model yet")
         model = copy.deepcopy(self.suspect)
-        model.load_state_dict({**model.state_dict(), **self.point(0.0)})
+        saved, point = model.state_dict(), self.point(0.0)
+        model.load_state_dict({**saved, **{name: tensor for name, tensor in point.items() if name in saved}})
         forget_caches(model)
         return model.requires_grad_(True)
 
@@ -351,8 +352,13 @@ def tensors_of(model: nn.Module) -> Params:
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _classification(args: TSCConfig, processor: Any, suspect: nn.Module, score_name: str) -> ImageClassification:
+def _classification(args: TSCConfig, processor: Any, suspect: PreTrainedModel, score_name: str) -> ImageClassification:
     """The objective that the arguments describe; without labels the suspect also answers for them in measures."""
+    if further := sorted(example_inputs(suspect).keys() - {"pixel_values"}):
+        raise UsageError(
+            f"{type(suspect).__name__} reads {', '.join(further)}: expected a classifier that reads pixel_values "
+            f"alone; give an objective of your own that makes its inputs"
+        )
     return ImageClassification(
         ImagePipeline(processor),
         augmentation=args.augmentation,
