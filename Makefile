@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TRANSFORMERS_VERBOSITY := error
 
-.PHONY: demo test quality format wheel docs clean
+.PHONY: demo test quality format wheel docs architectures clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ wheel: $(VENV)/.installed  ## Build the wheel and try it outside the repository.
 
 docs: $(VENV)/.installed  ## Run the demo for seeds 0, 1 and 2 and write its numbers and pictures to docs/demo.
 	$(BIN)/python recipes/demo_docs.py
+
+architectures: $(VENV)/.installed  ## Derive and verify a tiny model of every architecture; write the table.
+	$(BIN)/python -m hf_tsc.architectures.table docs/architectures.md
 
 clean:
 	rm -rf $(VENV) demo_output dist build *.egg-info

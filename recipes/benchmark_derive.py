@@ -82,7 +82,9 @@ def main() -> None:
                 "met": median <= TARGET_SECONDS,
             }
         )
-        print(f"{name:12} {spaces:4} spaces  median {median:.2f} s of {args.repeats}  (first {first:.2f} s)", flush=True)
+        print(
+            f"{name:12} {spaces:4} spaces  {median:.2f} s, median of {args.repeats} (first {first:.2f} s)", flush=True
+        )
     record = {
         "date": datetime.date.today().isoformat(),
         "command": f"python recipes/benchmark_derive.py --repeats {args.repeats} --threads {args.threads}",

@@ -1,9 +1,9 @@
 """Every architecture: what is derived keeps the function, misses no axis, and is as much as is known to be possible.
 
-`expected_spaces.csv` holds for each variant the permutation groups of a census made with another tracer (`groups`), how
-many of them were `weak` there (dead, or without effect at the tiny model's size), and how many are `fixed` here because
-they reach an output; `expected` is what is left. `beyond` counts spaces of the weak ones that are derived all the same:
-they keep the function, too.
+`expected_spaces.csv` holds for each variant the permutation groups of a census made with another tracer (`groups`),
+how many of them were `weak` there (dead, or without effect at the tiny model's size), and how many are `fixed` here
+because they reach an output; `expected` is what is left. `beyond` counts spaces of the weak ones that are derived all
+the same: they keep the function, too.
 """
 
 import csv
@@ -33,7 +33,7 @@ KEY_BIAS = r"(k_proj|key|key_convolution|projection_key)\.bias@0$"  # the same f
 WITHOUT_EFFECT = {
     "cvt": {
         r"projection_key\.convolution_projection\.normalization\.(bias|running_mean)@0$": "ends up in the key's bias",
-        r"stages\.2.*projection_query\.convolution_projection\.": "the last block's output is read at the class token, "
+        r"stages\.2.*projection_query\.convolution_projection\.": "the last block is read at its class token, "
         "whose query does not pass the convolution",
     },
     "swiftformer": {r"attn\.w_g@0$": "softmax over an axis of size 1"},
