@@ -48,6 +48,13 @@ def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape))
 
 
+def unsaved(value: Tensor) -> nn.Module:
+    """A module with the buffer `value`, which its state dict does not have."""
+    module = nn.Module()
+    module.register_buffer("value", value, persistent=False)
+    return module
+
+
 def pooled(*names: str) -> Callable:
     """Layers one after the other with ReLU after the second, then the mean over positions."""
 
@@ -194,6 +201,48 @@ def slices_of_a_product(net, x):
     return net.o(torch.cat([y[:, 4:8].square(), y[:, :4]], 1))
 
 
+def zero_key_bias(net, x):
+    bias = torch.cat([net.q, net.k.value, net.v])
+    return attend(net, *(net.qkv(x) + bias).reshape(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0))
+
+
+def heads(layer, x, *shape):
+    """Softmax in every head, then the heads side by side again."""
+    return layer(x).view(-1, *shape).softmax(-1).flatten(1)
+
+
+def heads_apart(net, x):
+    few, many = heads(net.a, x, 5, 3).split([6, 9], 1)
+    joined = torch.cat([few.square(), many], 1).view(-1, 5, 3)
+    return net.o((joined * net.b(x).view(-1, 5, 3)).softmax(-1).flatten(1))
+
+
+def heads_in_two_ways(net, x):
+    y = heads(net.a, x, 4, 3)
+    return net.p(y[:, :3]) + net.o(y + heads(net.b, x, 2, 2, 3))
+
+
+def heads_of_two_layers(net, x):
+    return net.o(torch.cat([net.a(x), net.b(x)], 1).view(-1, 6, 2).softmax(-1).flatten(1))
+
+
+def conv_over_layers(net, x):
+    return net.o(net.c(torch.stack([net.a(x), net.b(x)], 1)).flatten(1).relu())
+
+
+def conv_over_units(net, x):
+    return net.o(net.c(net.a(x)[:, None]).flatten(1))
+
+
+def without_a_batch(net, x):
+    return torch.stack([net.c(F.avg_pool2d(net.a(image), 2)).mean((1, 2)) for image in x.unbind()])
+
+
+def cast_like(net, x):
+    y, z = net.a(x), net.b(x)
+    return net.o(y.type_as(z).relu()) + net.p(z.relu())
+
+
 def windows(net, x):
     y = net.a(x.flatten(2).transpose(1, 2)).view(2, 2, 4, 2, 4, 6)
     return net.o(y.permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 96)).mean(1)
@@ -240,10 +289,65 @@ NETWORKS = {
         [(4,), (4, 2)],
     ),
     "conv_over_units": (
-        lambda net, x: net.o(net.c(net.a(x)[:, None]).flatten(1)),
+        conv_over_units,
         lambda: {"a": linear(12, 8), "c": nn.Conv1d(1, 2, 3), "o": linear(12, 3)},
         VECTOR,
         [(2,)],
+    ),
+    "conv_of_one_unit": (
+        conv_over_units,
+        lambda: {"a": linear(12, 8), "c": nn.Conv1d(1, 2, 1), "o": linear(16, 3)},
+        VECTOR,
+        [(2,), (8,)],
+    ),
+    "conv_of_every_second_unit": (
+        conv_over_units,
+        lambda: {"a": linear(12, 8), "c": nn.Conv1d(1, 2, 1, stride=2), "o": linear(8, 3)},
+        VECTOR,
+        [(2,)],
+    ),
+    "conv_of_one_unit_padded": (
+        conv_over_units,
+        lambda: {"a": linear(12, 8), "c": nn.Conv1d(1, 2, 1, stride=2, padding=4), "o": linear(16, 3)},
+        VECTOR,
+        [(2,)],
+    ),
+    "conv_over_layers": (
+        conv_over_layers,
+        lambda: {"a": linear(12, 6), "b": linear(12, 6), "c": nn.Conv1d(2, 1, 1), "o": linear(6, 3)},
+        VECTOR,
+        [(6,)],
+    ),
+    "transposed_conv": (
+        pooled("a", "b", "c"),
+        lambda: {"a": conv(3, 8), "b": nn.ConvTranspose2d(8, 12, 2, stride=2), "c": conv(12, 5)},
+        IMAGE,
+        [(8,), (12,)],
+    ),
+    "transposed_grouped_conv": (
+        pooled("a", "b", "c"),
+        lambda: {"a": conv(3, 8), "b": nn.ConvTranspose2d(8, 12, 2, stride=2, groups=4), "c": conv(12, 5)},
+        IMAGE,
+        [(3,), (4,), (4, 2)],
+    ),
+    "transposed_depthwise_conv": (
+        pooled("a", "b", "c"),
+        lambda: {"a": conv(3, 8), "b": nn.ConvTranspose2d(8, 8, 3, groups=8), "c": conv(8, 5)},
+        IMAGE,
+        [(8,)],
+    ),
+    "without_a_batch": (without_a_batch, lambda: {"a": conv(3, 6), "c": conv(6, 5)}, IMAGE, [(6,)]),
+    "adaptive_max_pool": (
+        chain(lambda y: F.adaptive_max_pool2d(y, 1).flatten(1)),
+        lambda: {"a": conv(3, 6), "o": linear(6, 3)},
+        IMAGE,
+        [(6,)],
+    ),
+    "sliding_windows": (
+        lambda net, x: net.o(net.a(x).unfold(2, 3, 2).square().mean(-1)).mean((2, 3)),
+        lambda: {"a": conv(3, 6), "o": conv(6, 3)},
+        IMAGE,
+        [(6,)],
     ),
     "standardised_weight": (
         standardised_weight,
@@ -301,8 +405,23 @@ NETWORKS = {
         [(6,), (7,)],
     ),
     "in_place_view": (in_place_view, lambda: {"a": conv(3, 6), "c": conv(3, 4), "d": conv(6, 4)}, IMAGE, [(2,), (4,)]),
+    "repeat_interleave": (chain(lambda y: y.repeat_interleave(3, 1).relu()), pair(4, 12), VECTOR, [(4,)]),
+    "cast_like": (
+        cast_like,
+        lambda: {"a": linear(12, 6), "b": linear(12, 6), "o": linear(6, 3), "p": linear(6, 3)},
+        VECTOR,
+        [(6,), (6,)],
+    ),
     "repeat": (chain(lambda y: y.repeat(1, 3).relu()), pair(4, 12), VECTOR, [(4,)]),
-    "pad": (chain(lambda y: F.pad(y, (1, 2))), pair(6, 9), VECTOR, []),
+    "pad": (chain(lambda y: F.pad(y, (1, 2))), pair(6, 9), VECTOR, [(6,)]),
+    "pad_of_tokens": (
+        lambda net, x: net.o(F.pad(net.a(x), (0, 1, 1, 0), value=1.0).relu()).mean(1),
+        pair(6, 7),
+        TOKENS,
+        [(6,)],
+    ),
+    "crop": (chain(lambda y: F.pad(y, (-1, 2))), pair(6, 7), VECTOR, []),
+    "reflected": (chain(lambda y: F.pad(y, (1, 2), mode="reflect")), pair(6, 9), VECTOR, []),
     "slices": (chain(lambda y: y[:, 1:4] + y[:, -3:]), pair(6, 3), VECTOR, []),
     "slices_of_a_product": (slices_of_a_product, pair(12, 8), VECTOR, [(4,)]),
     "windows": (windows, lambda: {"a": linear(3, 6), "o": linear(96, 3)}, IMAGE, [(6,)]),
@@ -314,6 +433,24 @@ NETWORKS = {
         [(3,), (4,)],
     ),
     "bias_averaged_over_heads": (bias_averaged_over_heads, pair(12), VECTOR, [(3,), (4,)]),
+    "heads_apart": (
+        heads_apart,
+        lambda: {"a": linear(12, 15), "b": linear(12, 15), "o": linear(15, 3)},
+        VECTOR,
+        [(2,), (3,), (3,)],
+    ),
+    "heads_in_two_ways": (
+        heads_in_two_ways,
+        lambda: {"a": linear(12, 12), "b": linear(12, 12), "o": linear(12, 3), "p": linear(3, 3)},
+        VECTOR,
+        [(3,)],
+    ),
+    "heads_of_two_layers": (
+        heads_of_two_layers,
+        lambda: {"a": linear(12, 6), "b": linear(12, 6), "o": linear(12, 3)},
+        VECTOR,
+        [(3,), (3,), (3, 2), (3, 2)],
+    ),
     "three_levels": (three_levels, pair(24), VECTOR, [(2,), (2, 3), (2, 4)]),
     "shuffle": (
         chain(lambda y: y.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6).relu()),
@@ -360,6 +497,18 @@ NETWORKS = {
         TOKENS,
         [(2,), (3,), (3, 4)],
     ),
+    "zero_key_bias": (
+        zero_key_bias,
+        lambda: {
+            "qkv": nn.Linear(12, 36, bias=False),
+            "q": parameter(12),
+            "k": unsaved(torch.zeros(12)),
+            "v": parameter(12),
+            "o": linear(12, 3),
+        },
+        TOKENS,
+        [(3,), (3, 4), (3, 4)],
+    ),
     "grouped_queries": (grouped_queries, lambda: apart(6), TOKENS, [(3,), (3,)]),
     "repeated_keys": (repeated_keys, lambda: apart(6), TOKENS, [(2,), (2, 2), (2, 3), (2, 3)]),
     "multihead_attention": (  # its layers are used without being called: no hook sees them
@@ -381,6 +530,22 @@ NETWORKS = {
         TOKENS,
         [(6,)],
     ),
+    "unsaved_scale": (
+        lambda net, x: net.o(net.a(x).relu() * net.s.value),
+        lambda: {"a": linear(12, 6), "s": unsaved(torch.arange(6.0)), "o": linear(6, 3)},
+        VECTOR,
+        [],
+    ),
+    "lstm": (  # no linear layer reads what its first layer gives to its second
+        lambda net, x: net.o(net.l(net.a(x))[0]).mean(1),
+        lambda: {
+            "a": linear(12, 6),
+            "l": nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True),
+            "o": linear(10, 3),
+        },
+        TOKENS,
+        [(5,), (5,), (6,)],
+    ),
     "layer_called_twice": (
         lambda net, x: net.o(net.b(net.b(net.a(x)).relu()).relu()),
         lambda: {"a": linear(12, 6), "b": linear(6, 6), "o": linear(6, 3)},
@@ -397,6 +562,12 @@ NETWORKS = {
 
 NETWORKS |= {
     "cumsum": (chain(lambda y: y.cumsum(1)), pair(6), VECTOR, []),
+    "expanded_cumsum": (
+        lambda net, x: net.o(net.a(x) + x[:, :1].expand(-1, 6).cumsum(1)),
+        pair(6),
+        VECTOR,
+        [],
+    ),
     "flip": (chain(lambda y: y.flip(-1)), pair(6), VECTOR, []),
     "glu": (chain(F.glu), pair(6, 3), VECTOR, [(3,)]),
 }
@@ -405,10 +576,10 @@ NETWORKS |= {
 UNKNOWN = {
     "aten.fft_rfft.default": (chain(lambda y: torch.fft.rfft(y).abs()), pair(6, 4), VECTOR, []),
     "aten.sort.default": (chain(lambda y: y.sort(-1).values), pair(6), VECTOR, []),
-    "aten.adaptive_max_pool2d.default": (
-        chain(lambda y: F.adaptive_max_pool2d(y, 1).flatten(1)),
-        lambda: {"a": conv(3, 6), "o": linear(6, 3)},
-        IMAGE,
+    "aten.lstm.input": (
+        lambda net, x: net.o(net.l(net.a(x))[1][0][0]),
+        lambda: {"a": linear(12, 6), "l": nn.LSTM(6, 5, batch_first=True), "o": linear(5, 3)},
+        TOKENS,
         [],
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,8 +88,8 @@ def images_of_timm(model: PreTrainedModel, batch_size: int, generator: torch.Gen
     That is the one in its own `pretrained_cfg`, which may differ from the one in the configuration of transformers:
     the wrapper builds the model from the architecture's name. Arguments that the wrapper hands on come first.
     """
-    arguments = model.config.model_args or {}
-    channels, height, width = model.timm_model.pretrained_cfg["input_size"]
+    arguments, built = model.config.model_args or {}, cast(Any, model.timm_model)
+    channels, height, width = built.pretrained_cfg["input_size"]
     if "img_size" in arguments:
         height, width = _pair(arguments["img_size"])
     channels = arguments.get("in_chans", channels)

@@ -84,6 +84,15 @@ class Choice:
         return self.options[0].size
 
 
+TRIVIAL_REASONS = (
+    "size 1",
+    "single position",
+    "order of copies",
+    "order of parts",
+    "order of a stack",
+)  # others tell more
+
+
 def frozen(size: int, reason: str) -> Node:
     return Node(size, reason)
 
@@ -115,8 +124,9 @@ def _merge_frozen(trees: list[Tree], combine: Callable[[int, int], int]) -> list
     merged: list[Tree] = []
     for child in trees:
         reason = _frozen_reason(merged[-1]) if merged else None
-        if reason is not None and _frozen_reason(child) is not None:
-            merged[-1] = frozen(combine(merged[-1].size, child.size), reason)
+        if reason is not None and (other := _frozen_reason(child)) is not None:
+            told = reason if other in TRIVIAL_REASONS else other if reason in TRIVIAL_REASONS else reason
+            merged[-1] = frozen(combine(merged[-1].size, child.size), told)
         else:
             merged.append(child)
     return merged
@@ -276,6 +286,9 @@ def _unify_products(a: Prod, b: Prod, reason: str) -> None:
             unify(x, y, reason)
             continue
         (big, small), rest = ((x, y), left) if x.size > y.size else ((y, x), right)
+        if isinstance(big, Cat):  # a product and a concatenation: it keeps its order, what comes after it may move
+            freeze(big, reason)
+            big = resolve(big)
         if isinstance(big, Node) and big.size % small.size == 0:
             head, tail = _split_node(big, [small.size, big.size // small.size])
             unify(head, small, reason)
@@ -342,8 +355,10 @@ def cut(tree: Tree, sizes: Sequence[int]) -> list[Tree]:
         return _cut_concat(tree, sizes)
     first, rest = resolve(tree.factors[0]), resolve(Prod(tree.factors[1:]))
     if all(size % rest.size == 0 for size in sizes):
-        freeze(first, "order of slices")
-        return [Prod([frozen(size // rest.size, "order of slices"), rest]) for size in sizes]
+        counts = [size // rest.size for size in sizes]
+        if max(counts) == 1:
+            freeze(first, "order of slices")
+        return [resolve(Prod([piece, rest])) for piece in cut(first, counts)]
     freeze(tree, "cut across a product")
     return [frozen(size, "cut across a product") for size in sizes]
 
@@ -374,13 +389,29 @@ def factor(tree: Tree, sizes: Sequence[int]) -> list[Tree]:
         return list(_split_node(tree, sizes))
     if isinstance(tree, Choice):
         return _each_option(tree, lambda option: factor(option, sizes))
-    if isinstance(tree, Cat):
-        if sizes[0] == len(tree.parts) and len({part.size for part in tree.parts}) == 1:
-            choice = Choice(frozen(sizes[0], "order of parts"), tree.parts)
-            return [choice.marker, *factor(choice, sizes[1:])]
+    return _factor_concat(tree, sizes) if isinstance(tree, Cat) else _factor_product(tree, sizes)
+
+
+def _factor_concat(tree: Cat, sizes: Sequence[int]) -> list[Tree]:
+    """A view of a concatenation, whose parts may have a number of leading positions each.
+
+    What lies inside may differ between parts of equal size, and is one for the others.
+    """
+    count, inner = len(tree.parts), prod(sizes[1:])
+    if any(part.size % inner for part in tree.parts):
         freeze(tree, "view across a concatenation")
         return [frozen(size, "view across a concatenation") for size in sizes]
-    return _factor_product(tree, sizes)
+    if len({part.size for part in tree.parts}) == 1:
+        choice = Choice(frozen(count, "order of parts"), tree.parts)
+        if sizes[0] == count:
+            return [choice.marker, *factor(choice, sizes[1:])]
+        first, *rest = factor(choice, [sizes[0] // count, *sizes[1:]])
+        return [Prod([choice.marker, first]), *rest]
+    pieces = [factor(part, [part.size // inner, *sizes[1:]]) for part in tree.parts]
+    for others in pieces[1:]:
+        for one, other in zip(pieces[0][1:], others[1:], strict=True):
+            unify(one, other)
+    return [resolve(Cat([piece[0] for piece in pieces])), *pieces[0][1:]]
 
 
 def _each_option(choice: Choice, work: Callable[[Tree], list[Tree]]) -> list[Tree]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_tsc.axes import index
-from hf_tsc.derive.trace import fixed_outputs
+from hf_tsc.derive.export import fixed_outputs
 from hf_tsc.errors import PurificationError
 from hf_tsc.functional import call_at
 from hf_tsc.permutation import Params, PermutationSpec, apply, identity, roll
@@ -103,13 +103,15 @@ class Probe:
 
 
 def randomised(model: nn.Module, *, seed: int) -> Params:
-    """Random values for every floating tensor: U(0.5, 1.5) for vectors (scales, statistics), else N(0, 1/fan-in)."""
+    """Random values for every floating tensor: U(0.5, 1.5) for vectors and buffers (scales, statistics), for other
+    parameters N(0, 1/fan-in)."""
     generator = torch.Generator().manual_seed(seed)
     result: Params = {}
-    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+    buffers = dict(model.named_buffers())
+    for name, tensor in {**dict(model.named_parameters()), **buffers}.items():
         if not tensor.is_floating_point() or tensor.ndim == 0:
             continue
-        if tensor.ndim == 1:
+        if tensor.ndim == 1 or name in buffers:
             result[name] = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
         else:
             fan_in = max(tensor.numel() // tensor.shape[0], 1)

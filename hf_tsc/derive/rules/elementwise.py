@@ -12,8 +12,8 @@ POINTWISE = (
     "mish", "softplus", "exp", "log", "sqrt", "rsqrt", "square", "pow", "abs", "neg", "sin", "cos", "erf",
     "reciprocal", "clamp", "clamp_min", "clamp_max", "sub", "mul", "div", "maximum", "minimum", "where", "eq", "ne",
     "ge", "gt", "le", "lt", "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not",
-    "__and__", "__or__", "floor_divide", "remainder", "rsub", "masked_fill", "copy", "type_as", "floor", "round",
-    "dropout", "feature_dropout", "contiguous", "clone", "detach", "alias", "to", "_to_copy", "lift_fresh_copy",
+    "__and__", "__or__", "floor_divide", "remainder", "rsub", "masked_fill", "copy", "floor", "round",
+    "dropout", "feature_dropout", "contiguous", "clone", "detach", "alias", "_to_copy", "lift_fresh_copy",
     "lift_fresh", "softmax", "_softmax", "log_softmax", "isnan", "isinf", "nan_to_num", "fill", "zero", "sign",
     "erfinv", "log1p", "expm1", "tan", "atan2", "logit", "selu", "celu", "hardshrink", "softshrink", "softsign",
     "logsigmoid", "log_sigmoid", "threshold", "rrelu", "addcmul", "addcdiv", "lerp", "fmod", "trunc", "ceil", "frac",
@@ -25,6 +25,12 @@ POINTWISE = (
 @rule(*POINTWISE)
 def pointwise(trace: Trace, node: GraphNode) -> list[Tree]:
     return broadcast(trace.operands(node), len(output_shape(node)))
+
+
+@rule("to", "type_as")
+def cast(trace: Trace, node: GraphNode) -> list[Tree]:
+    """Of a second tensor only the type is taken."""
+    return list(trace.value(node.args[0]).axes)
 
 
 @rule("add")

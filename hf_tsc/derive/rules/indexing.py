@@ -63,6 +63,16 @@ def slice_(trace: Trace, node: GraphNode) -> list[Tree]:
     return axes
 
 
+@rule("unfold")
+def sliding_windows(trace: Trace, node: GraphNode) -> list[Tree]:
+    """Windows of one axis; the positions in a window become the last axis."""
+    axes, shape = list(trace.value(node.args[0]).axes), output_shape(node)
+    dim = int(node.args[1]) % len(axes)  # type: ignore[arg-type]
+    freeze(axes[dim], "windows of it are taken")
+    axes[dim] = frozen(shape[dim], "order of windows")
+    return [*axes, frozen(shape[-1], "position in a window")]
+
+
 @rule("index")
 def advanced_index(trace: Trace, node: GraphNode) -> list[Tree]:
     axes, picks = trace.value(node.args[0]).axes, list(node.args[1])  # type: ignore[arg-type]
@@ -93,14 +103,3 @@ def gather(trace: Trace, node: GraphNode) -> list[Tree]:
     kept = zip(x.axes, output_shape(node), strict=True)
     same = [axis if axis.size == size else frozen(size, "picked positions") for axis, size in kept]
     return [*same[:dim], picked, *same[dim + 1 :]]
-
-
-@rule("constant_pad_nd", "pad")
-def pad(trace: Trace, node: GraphNode) -> list[Tree]:
-    axes, shape = trace.value(node.args[0]).axes, output_shape(node)
-    result = []
-    for axis, size in zip(axes, shape, strict=True):
-        if axis.size != size:
-            freeze(axis, "padded")
-        result.append(axis if axis.size == size else frozen(size, "padded"))
-    return result

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch.fx import Node as GraphNode
 
-from hf_tsc.derive.rules.base import Trace, Use, Value, argument, broadcast, optional, output_shape, rule, unknown
-from hf_tsc.derive.trees import Free, Prod, Tree, factor, freeze, frozen, unify
+from hf_tsc.derive.rules.base import Trace, Use, Value, argument, broadcast, optional, output_shape, rule
+from hf_tsc.derive.trees import Free, Prod, Tree, factor, freeze, frozen, resolve, unify
+
+STRIDE_AND_PADDING = ((3, "stride", 1), (4, "padding", 0))  # of a convolution
 
 
 @rule("linear")
@@ -74,25 +77,42 @@ def convolution(trace: Trace, node: GraphNode) -> list[Tree]:
     x_node, bias = node.args[0], argument(node, 2, "bias")
     groups = int(argument(node, 6, "groups", 1))
     x, weight = trace.value(x_node), trace.value(node.args[1])
-    for axis in weight.axes[2:]:
-        freeze(axis, "kernel position")
-    for axis in x.axes[2:]:
-        freeze(axis, "spatial position")
+    at = len(x.axes) - len(weight.axes) + 1  # the axis of the channels: the first where there is no batch
+    channels = x.axes[at]
     if groups == 1:
-        unify(x.axes[1], weight.axes[1])
-        trace.uses.append(Use(x_node, "input", 1, node))  # type: ignore[arg-type]
-    elif groups == weight.shape[0] == x.shape[1]:
-        unify(x.axes[1], weight.axes[0])
+        unify(channels, weight.axes[1])
+        trace.uses.append(Use(x_node, "input", at, node))  # type: ignore[arg-type]
+    elif groups == weight.shape[0] == channels.size:
+        unify(channels, weight.axes[0])
     else:
-        group, _ = factor(x.axes[1], [groups, x.shape[1] // groups])
+        group, _ = factor(channels, [groups, channels.size // groups])
         out_group, _ = factor(weight.axes[0], [groups, weight.shape[0] // groups])
         unify(group, out_group)
-        unify(x.axes[1], Prod([group, weight.axes[1]]))
+        unify(channels, Prod([group, weight.axes[1]]))
     if bias is not None:
         unify(weight.axes[0], trace.value(bias).axes[0])
-    trace.uses.append(Use(node, "output", 1, node))
-    spatial = [frozen(size, "spatial position") for size in output_shape(node)[2:]]
-    return [x.axes[0], weight.axes[0], *spatial]
+    trace.uses.append(Use(node, "output", at, node))
+    return [*x.axes[:at], weight.axes[0], *_filtered(node, x.axes[at + 1 :], weight)]
+
+
+def _filtered(node: GraphNode, places: Sequence[Tree], weight: Value) -> list[Tree]:
+    """The axes of places after a convolution: those along which it sees a single place each are what they were."""
+    for axis in weight.axes[2:]:
+        freeze(axis, "kernel position")
+    strides, paddings = (argument(node, position, name, fill) for position, name, fill in STRIDE_AND_PADDING)
+    result = []
+    for d, (axis, size) in enumerate(zip(places, output_shape(node)[-len(places) :], strict=True)):
+        if weight.shape[2 + d] == 1 and _along(strides, d) == 1 and _along(paddings, d) in (0, "same", "valid"):
+            result.append(axis)
+        else:
+            freeze(axis, "spatial position")
+            result.append(frozen(size, "spatial position"))
+    return result
+
+
+def _along(option: Any, dim: int) -> Any:
+    """An option of a convolution along one of its axes: a list of one stands for all."""
+    return option[dim if len(option) > 1 else 0] if isinstance(option, list | tuple) else option
 
 
 @rule("baddbmm")
@@ -126,19 +146,22 @@ def _of_activations(trace: Trace, first: GraphNode, second: GraphNode) -> bool:
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed_convolution(trace: Trace, node: GraphNode) -> list[Tree]:
-    """The weight has the input channels first. With groups nothing is said to be known."""
+    """The weight has the input channels first, and of the output channels those of one group."""
     x_node, bias = node.args[0], argument(node, 2, "bias")
-    if int(argument(node, 6, "groups", 1)) != 1:
-        return unknown(trace, node)  # type: ignore[return-value]
+    groups = int(argument(node, 6, "groups", 1))
     x, weight = trace.value(x_node), trace.value(node.args[1])
-    unify(x.axes[1], weight.axes[0])
-    for axis in (*weight.axes[2:], *x.axes[2:]):
-        freeze(axis, "spatial position")
+    at = len(x.axes) - len(weight.axes) + 1
+    unify(x.axes[at], weight.axes[0])
+    made = weight.axes[1]
+    if groups == 1:
+        trace.uses.append(Use(x_node, "input", at, node))  # type: ignore[arg-type]
+    else:
+        group, _ = factor(weight.axes[0], [groups, weight.shape[0] // groups])
+        made = resolve(Prod([group, made]))
     if bias is not None:
-        unify(weight.axes[1], trace.value(bias).axes[0])
-    trace.uses += [Use(x_node, "input", 1, node), Use(node, "output", 1, node)]  # type: ignore[arg-type]
-    spatial = [frozen(size, "spatial position") for size in output_shape(node)[2:]]
-    return [x.axes[0], weight.axes[1], *spatial]
+        unify(made, trace.value(bias).axes[0])
+    trace.uses.append(Use(node, "output", at, node))
+    return [*x.axes[:at], made, *_filtered(node, x.axes[at + 1 :], weight)]
 
 
 @rule("scaled_dot_product_attention")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node as GraphNode
 
 from hf_tsc.derive.rules.base import Trace, Value, argument, as_list, broadcast, output_shape, rule, unknown
@@ -76,12 +77,13 @@ def extremum(trace: Trace, node: GraphNode) -> list[Tree] | list[list[Tree]]:
 @rule("cumsum", "cumprod", "logcumsumexp", "flip", "roll")
 def ordered(trace: Trace, node: GraphNode) -> list[Tree]:
     """What depends on the order along some axes: those cannot move."""
-    axes = trace.value(node.args[0]).axes
+    axes = list(trace.value(node.args[0]).axes)
     position = 2 if str(node.target).startswith("aten.roll") else 1
     dims = as_list(argument(node, position, "dims" if position == 2 else "dim", []))
     for dim in dims or range(len(axes)):
         freeze(axes[dim], "an operator depends on its order")
-    return list(axes)
+        axes[dim] = frozen(axes[dim].size, "an operator depends on its order")
+    return axes
 
 
 @rule("argmax", "argmin")
@@ -102,15 +104,23 @@ def _reduce(x: Value, dims: Any, shape: tuple[int, ...]) -> list[Tree]:
 
 
 @rule(
-    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "avg_pool1d", "adaptive_avg_pool1d",
-    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "_upsample_bicubic2d_aa",
-    "_upsample_bilinear2d_aa",
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
+    "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
 )  # fmt: skip
-def pooling(trace: Trace, node: GraphNode) -> list[Tree]:
-    x = trace.value(node.args[0])
-    for axis in x.axes[2:]:
+def pooling(trace: Trace, node: GraphNode) -> list[Tree] | list[list[Tree]]:
+    """Over the last axes, as many as the name says; some also return where the largest values are."""
+    name, made = str(node.target), node.meta["val"]
+    rank = next(n for n in (1, 2, 3) if f"{n}d" in name)
+    axes = trace.value(node.args[0]).axes
+    for axis in axes[-rank:]:
         freeze(axis, "spatial position")
-    return [*x.axes[:2], *(frozen(size, "spatial position") for size in output_shape(node)[2:])]
+    shape = (made if isinstance(made, Tensor) else made[0]).shape
+    pooled = [*axes[:-rank], *(frozen(int(size), "spatial position") for size in shape[-rank:])]
+    return pooled if isinstance(made, Tensor) else [pooled, pooled]
 
 
 @rule("im2col")

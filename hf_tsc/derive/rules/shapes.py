@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch.fx import Node as GraphNode
 
-from hf_tsc.derive.rules.base import Trace, Value, argument, broadcast, output_shape, rule
-from hf_tsc.derive.trees import Cat, Free, Node, Prod, Tree, factor, frozen, resolve
+from hf_tsc.derive.rules.base import Trace, Value, argument, broadcast, output_shape, rule, unknown
+from hf_tsc.derive.trees import Cat, Free, Node, Prod, Tree, factor, freeze, frozen, resolve
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "reshape_as", "view_as")
@@ -65,6 +65,18 @@ def repeat(trace: Trace, node: GraphNode) -> list[Tree]:
     return [_copies(axis, int(n)) for axis, n in pairs]
 
 
+@rule("repeat_interleave")
+def repeat_positions(trace: Trace, node: GraphNode) -> list[Tree]:
+    """Every position of one axis the same number of times in a row."""
+    times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
+    if not isinstance(times, int) or dim is None:
+        return unknown(trace, node)  # type: ignore[return-value]
+    axes = list(trace.value(node.args[0]).axes)
+    single = axes[dim].size == 1
+    axes[dim] = Free(times) if single else resolve(Prod([axes[dim], frozen(times, "order of copies")]))
+    return axes
+
+
 def _copies(axis: Tree, times: int) -> Tree:
     """An axis repeated as a whole; of a single position, an expanded one."""
     if times == 1:
@@ -88,6 +100,25 @@ def concatenate(trace: Trace, node: GraphNode) -> list[Tree]:
 
 def _joined(parts: list[Tree]) -> Tree:
     return resolve(Cat([frozen(1, "single position") if p.size == 1 else _definite(p) for p in parts]))
+
+
+@rule("constant_pad_nd", "pad")
+def pad(trace: Trace, node: GraphNode) -> list[Tree]:
+    """Constants before and after an axis are joined to it; anything else there depends on its order.
+
+    The widths are those before and after the last axis, then the one before it, and so on.
+    """
+    axes, widths = list(trace.value(node.args[0]).axes), list(node.args[1])  # type: ignore[arg-type]
+    constant = "constant" in str(node.target) or argument(node, 2, "mode", "constant") == "constant"
+    for k, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
+        axis = axes[-1 - k]
+        if constant and min(before, after) >= 0:
+            around = [frozen(width, "padding") for width in (before, after)]
+            axes[-1 - k] = _joined([around[0], axis, around[1]]) if before or after else axis
+        else:
+            freeze(axis, "padded")
+            axes[-1 - k] = frozen(axis.size + before + after, "padded")
+    return axes
 
 
 @rule("stack")
