@@ -270,7 +270,8 @@ def spec_command(argv: Sequence[str]) -> None:
         raise UsageError("MODEL is missing: name a repo id or a folder, or give --list for the known architectures")
     source = model_args.resolve(rest.model)
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    classifier = any(str(name).endswith("ForImageClassification") for name in config.get("architectures") or [])
+    named = any(str(name).endswith("ForImageClassification") for name in config.get("architectures") or [])
+    classifier = named or "num_classes" in config  # as timm writes it, without the class of transformers
     model, _ = load_model(source, auto_class=AutoModelForImageClassification if classifier else AutoModel)
     inputs = example_inputs(model)
     spec = spec_of(model, inputs)

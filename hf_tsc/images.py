@@ -27,6 +27,9 @@ ROTATION, SHIFT, SCALES = 15.0, 0.125, (0.9, 1.1)  # of `affine`: degrees, share
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow's decoders raise
 
 
+STEPS = ("do_rescale", "rescale_factor", "do_normalize")
+
+
 class ImagePipeline:
     """A transformers image processor, taken apart into geometry (uint8 pixels) and normalisation (model input).
 
@@ -38,6 +41,12 @@ class ImagePipeline:
     """
 
     def __init__(self, processor: Any) -> None:
+        if missing := [name for name in STEPS if not hasattr(processor, name)]:
+            raise UsageError(
+                f"{type(processor).__name__} has no {', '.join(missing)}: expected an image processor of transformers "
+                f"that resizes, rescales and normalises (put a preprocessor_config.json of ViTImageProcessor beside "
+                f"the model)"
+            )
         self.processor = processor
         self._verify()
 

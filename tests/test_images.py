@@ -281,3 +281,13 @@ class TestAugmentation:
             Augmentation("crop")(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), seed=0)
         with pytest.raises(UsageError, match=r"shape \(3, 8, 8\), expected floats"):
             Augmentation("none")(torch.zeros(3, 8, 8), seed=0)
+
+
+def test_a_processor_of_another_kind_is_refused():
+    class TimmLikeProcessor:
+        """Takes no steps apart."""
+
+    with pytest.raises(
+        UsageError, match="TimmLikeProcessor has no do_rescale, rescale_factor, do_normalize: expected"
+    ):
+        ImagePipeline(TimmLikeProcessor())
