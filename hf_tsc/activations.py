@@ -7,7 +7,7 @@ or tokens), n units,
     sums, squares  = sum of x_i and of x_i ** 2               (n,) for each network
 
 A permutation keeps the function of the network, so no layer's statistics depend on another layer's permutation: one
-pass gives every matrix, whatever the depth.
+pass gives every matrix, whatever the depth, and several passes over some of the taps each give the same matrices.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_tsc.errors import PurificationError
+from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.functional import call_at
 from hf_tsc.permutation import PROJECTIONS, Params, Tap
 
@@ -85,6 +86,11 @@ class TapStatistics:
 MATCHING_METHODS = ("l2", "correlation")
 
 
+def matrix_bytes(taps: Iterable[Tap]) -> int:
+    """What the inner products of all these taps occupy while they are collected."""
+    return sum(torch.float64.itemsize * tap.axis.size**2 for tap in taps)
+
+
 def collect_statistics(
     model: nn.Module,
     taps: Sequence[Tap],
@@ -93,8 +99,12 @@ def collect_statistics(
     points: Sequence[Params],
     max_positions: int | None = None,
     seed: int = 0,
+    memory_limit: int | None = None,
 ) -> list[TapStatistics]:
     """Exact statistics of one network with itself, or of two networks, in one pass.
+
+    Held are the matrices of all taps and, with two networks, what the first of them gave at all taps until the second
+    one gives the same.
 
     Args:
         model: the architecture, in eval mode; its own weights are not used.
@@ -102,28 +112,70 @@ def collect_statistics(
         batches: model inputs; every batch is used once.
         points: one set of parameters and buffers, or two (a, b).
         max_positions: read at most this many positions of an image (drawn anew for each batch, the same for both
-            networks and for all images of the batch); `None` reads all.
+            networks, for all images of the batch and for all taps with equally many positions); `None` reads all.
         seed: for `max_positions`.
+        memory_limit: bytes that may be held; with two networks a batch is read in parts where that is needed.
 
     Returns:
-        One `TapStatistics` a tap. The model is called `len(points)` times a batch.
+        One `TapStatistics` a tap. The model is called `len(points)` times a batch (or part of one).
+
+    Raises:
+        PurificationError: a tap was not read.
+        UsageError: the matrices, or the activations of one image beside them, take more than `memory_limit`.
     """
-    generator = torch.Generator().manual_seed(seed)
     device = next(iter(points[0].values())).device
+    room = _room_beside_matrices(taps, memory_limit)
     totals = [TapStatistics.zeros(tap.axis.size, device) for tap in taps]
-    positions = _PositionPicker(max_positions, generator)
-    for batch in batches:
-        positions.new_batch()
+    images: int | None = None
+    for batch_number, batch in enumerate(batches):
+        pick = _PositionPicker(max_positions, (seed, batch_number))
         if len(points) == 1:
-            _read(model, taps, batch, points[0], positions, lambda number, x: totals[number].add(x, x))
-        else:
-            _add_pairs(totals, model, taps, batch, points, positions)
+            _read(model, taps, batch, points[0], pick, lambda number, x: totals[number].add(x, x))
+            continue
+        if room is not None and images is None:
+            images = _images_within(room, model, taps, batch, points[0], pick)
+        for part in _parts(batch, images):
+            _add_pairs(totals, model, taps, part, points, pick)
     for tap, total in zip(taps, totals, strict=True):
         if total.count == 0:
             raise PurificationError(
                 f"the {tap.side} of {tap.module} was never read: give clean images, and a spec whose taps are called"
             )
     return totals
+
+
+def _room_beside_matrices(taps: Sequence[Tap], memory_limit: int | None) -> int | None:
+    if memory_limit is None:
+        return None
+    if matrix_bytes(taps) > memory_limit:
+        raise UsageError(
+            f"the matrices of {len(taps)} taps take {matrix_bytes(taps) / 1e9:.2g} GB, allowed are "
+            f"{memory_limit / 1e9:.2g} GB: allow more, or read fewer taps at once"
+        )
+    return memory_limit - matrix_bytes(taps)
+
+
+def _images_within(
+    room: int, model: nn.Module, taps: Sequence[Tap], batch: Batch, point: Params, pick: _PositionPicker
+) -> int:
+    """How many images' activations at all taps take at most `room` bytes."""
+    sizes: list[int] = []
+    first = next(_parts(batch, 1))
+    _read(model, taps, first, point, pick, lambda _, x: sizes.append(x.numel() * x.element_size()))
+    if sum(sizes) > room:
+        raise UsageError(
+            f"the activations of one image take {sum(sizes) / 1e9:.2g} GB, and beside the matrices there are "
+            f"{room / 1e9:.2g} GB left: allow more memory, or fewer positions (max_positions)"
+        )
+    return room // max(sum(sizes), 1)
+
+
+def _parts(batch: Batch, images: int | None) -> Iterator[Batch]:
+    """The batch in parts of so many images; whole without a number."""
+    total = next(iter(batch.values())).shape[0]
+    step = images or total
+    for start in range(0, total, step):
+        yield {name: x[start : start + step] for name, x in batch.items()}
 
 
 def _add_pairs(
@@ -141,14 +193,15 @@ def _add_pairs(
 
 
 class _PositionPicker:
-    """Draws the same positions for every tap with the same number of them, once a batch."""
+    """Draws the positions that are read in one batch.
 
-    def __init__(self, limit: int | None, generator: torch.Generator):
-        self.limit, self.generator = limit, generator
+    They depend on nothing but the seed and how many there are: whichever taps are read, in whichever order, those of
+    one tap stay the same.
+    """
+
+    def __init__(self, limit: int | None, seed: tuple[int, int]):
+        self.limit, self.seed = limit, seed
         self.drawn: dict[int, Tensor] = {}
-
-    def new_batch(self) -> None:
-        self.drawn.clear()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (batch, positions, n) -> (batch, at most `limit`, n)."""
@@ -156,8 +209,9 @@ class _PositionPicker:
         if self.limit is None or count <= self.limit:
             return x
         if count not in self.drawn:
-            self.drawn[count] = torch.randperm(count, generator=self.generator)[: self.limit].sort().values
-        return x.index_select(1, self.drawn[count].to(x.device))
+            drawn = np.random.default_rng([*self.seed, count]).choice(count, self.limit, replace=False)
+            self.drawn[count] = torch.from_numpy(np.sort(drawn)).to(x.device)
+        return x.index_select(1, self.drawn[count])
 
 
 @torch.no_grad()
@@ -183,7 +237,8 @@ def _read(
 
 def _by_position(x: Tensor, dim: int) -> Tensor:
     """(batch, ..., n, ...) with units on `dim` -> (batch, positions, n)."""
-    return x.movedim(dim, -1).reshape(x.shape[0], -1, x.shape[dim])
+    moved = x.movedim(dim, -1)
+    return moved.reshape(moved.shape[0], -1, moved.shape[-1])
 
 
 @contextmanager

@@ -97,6 +97,9 @@ class TSCConfig(TrainingArguments):
     max_positions (`int`, *optional*): read at most so many positions (pixels, tokens) of each image.
     statistics_batch_size (`int`): images a forward pass when statistics are collected; those of BatchNorm depend on
         it.
+    statistics_memory_gb (`float`, *optional*): hold at most so many gigabytes of statistics for the matching at once,
+        and read the images in several passes where they take more. Between two networks half of it is for the
+        matrices, and the rest for activations.
 
     > Parameters that control the loss
 
@@ -133,6 +136,9 @@ class TSCConfig(TrainingArguments):
     )
     statistics_batch_size: int = field(
         default=128, metadata={"help": "Images a forward pass for matching and BatchNorm statistics."}
+    )
+    statistics_memory_gb: float | None = field(
+        default=None, metadata={"help": "Gigabytes of statistics for the matching at once; more take several passes."}
     )
     objective: str = field(default="cross_entropy", metadata={"help": "Training loss.", "choices": OBJECTIVES})
     temperature: float = field(default=2.0, metadata={"help": "Temperature of the distillation."})
@@ -199,6 +205,8 @@ class TSCConfig(TrainingArguments):
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if unknown := set(self.move_spaces) - set(KINDS):
             raise UsageError(f"move_spaces names {', '.join(sorted(unknown))}: expected some of {', '.join(KINDS)}")
+        if self.statistics_memory_gb is not None and not self.statistics_memory_gb > 0:
+            raise UsageError(f"statistics_memory_gb={self.statistics_memory_gb}: expected a positive number")
         if self.stages not in (1, 2):
             raise UsageError(f"stages={self.stages}: expected 1 (first curve only) or 2 (both)")
         if self.rounds < 1 or self.curve_steps == 0 or (self.curve_steps < 0 and not self.curve_epochs > 0):

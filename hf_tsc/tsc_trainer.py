@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, SchedulerType, TrainerCallback
 
-from hf_tsc.activations import Batch, collect_statistics
+from hf_tsc.activations import Batch
 from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve import CurveModel
 from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
@@ -31,7 +31,7 @@ from hf_tsc.derive import example_inputs, verify
 from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.functional import call_at, forget_caches
 from hf_tsc.images import ImagePipeline
-from hf_tsc.matching import match
+from hf_tsc.matching import match_networks
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, ImageClassification, Objective
 from hf_tsc.permutation import Params, PermutationSpec, apply, moved_fraction
@@ -218,16 +218,21 @@ class TSCTrainer(ObjectiveTrainer):
 
     def _match(self, points: list[Params], *, maximize: bool) -> dict[str, Tensor]:
         args = self.args
-        statistics = collect_statistics(
+        kinds: Any = args.move_spaces
+        gigabytes = args.statistics_memory_gb
+        permutation = match_networks(
             self.suspect,
-            self.spec.taps,
-            self._clean_batches(),
+            self.spec,
+            self._clean_batches,
             points=points,
+            maximize=maximize,
+            method=args.matching,
+            kinds=kinds,
             max_positions=args.max_positions,
             seed=args.seed,
+            memory_limit=None if gigabytes is None else round(1e9 * gigabytes),
+            progress=not args.disable_tqdm and self.is_world_process_zero(),
         )
-        kinds: Any = args.move_spaces
-        permutation = match(self.spec, statistics, maximize=maximize, method=args.matching, kinds=kinds)
         moved = moved_fraction(permutation)
         share = sum(moved.values()) / max(len(moved), 1)
         self.state.log_history.append({"step": self.state.global_step, "moved": share})

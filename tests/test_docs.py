@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT / "recipes"))
 demo_docs = pytest.importorskip("demo_docs")
+symmetry_docs = pytest.importorskip("symmetry_docs")
 
 
 def records():
@@ -55,3 +56,20 @@ def test_commands_of_the_readme_have_these_options():
         known = {name for kind in types for name in kind.__dataclass_fields__}
         options = {word.removeprefix("--") for word in words if word.startswith("--")}
         assert options <= known, line
+
+
+def test_the_tables_of_the_symmetry_page_are_those_of_the_files():
+    page = (ROOT / "docs/symmetry.md").read_text(encoding="utf-8")
+    assert page.count("|---") > 3
+    assert symmetry_docs.with_tables(page) == page
+
+
+def test_measured_times_are_within_their_targets():
+    """Of the committed runs."""
+    speed = json.loads((ROOT / "docs/derive_speed.json").read_text())["rows"]
+    matching = json.loads((ROOT / "docs/matching.json").read_text())["rows"]
+    cost = [row for row in json.loads((ROOT / "docs/cost.json").read_text())["rows"] if "target" in row]
+    assert len(speed) == 6
+    assert len(matching) == 2
+    assert {row["family"] for row in cost if row["variant"] == "curve step"} == {"resnet64", "vit"}
+    assert all(row["met"] for row in (*speed, *matching, *cost))
