@@ -431,7 +431,7 @@ class TestWrongInput:
             (["purify", "./x", "--dataset_name", "y"], "--output_dir is missing"),
             (["purify", "--dataset_name"], "expected one argument"),
             (["evaluate"], "the following arguments are required: MODEL"),
-            (["spec"], "the following arguments are required: MODEL"),
+            (["spec"], "MODEL is missing: name a repo id or a folder, or give --list"),
             (["train-suspect"], "the following arguments are required: CONFIG"),
             (["spec", "./x", "y"], "y"),
             (["demo", "--models", "bert"], "invalid choice: 'bert'"),
