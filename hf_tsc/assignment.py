@@ -8,7 +8,7 @@ potentials u and v from the rows and columns of the costs leaves the optimal per
 and near the dual optimum, where no c[i, j] - u[i] - v[j] is negative and those of the optimal pairs are 0, the paths
 are short. Such potentials come from entropic optimal transport: Sinkhorn's iteration with a regularisation that is
 lowered step by step (Schmitzer 2019, arXiv:1610.06519) and with overrelaxation (Thibault et al. 2021,
-arXiv:1711.01851). How good they are changes the time, and not the optimum: `recipes/benchmark_matching.py` measures both.
+arXiv:1711.01851). How good they are changes the time, and not the optimum (`recipes/benchmark_matching.py`).
 """
 
 from __future__ import annotations

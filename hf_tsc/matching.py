@@ -10,111 +10,22 @@ problems are solved for every pair of heads, and their optima are the similariti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from typing import Any
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_tsc.activations import Batch, TapStatistics, collect_statistics, matrix_bytes
+from hf_tsc.activations import TapStatistics
 from hf_tsc.assignment import Array, assign
-from hf_tsc.axes import atoms, positions
-from hf_tsc.permutation import KINDS, Kind, Params, PermutationSpec, Space, identity
+from hf_tsc.axes import positions
+from hf_tsc.permutation import KINDS, Kind, PermutationSpec, Space, identity
 
 THREADS = 4  # more would wait for SciPy's solver, which holds the interpreter's lock
 SILENT_SECONDS = 5.0  # no progress bar before
-
-
-def match_networks(
-    model: nn.Module,
-    spec: PermutationSpec,
-    batches: Callable[[], Iterable[Batch]],
-    *,
-    points: Sequence[Params],
-    maximize: bool,
-    method: str = "l2",
-    kinds: Collection[Kind] = KINDS,
-    max_positions: int | None = None,
-    seed: int = 0,
-    memory_limit: int | None = None,
-    workers: int | None = None,
-    progress: bool = False,
-) -> dict[str, Tensor]:
-    """Collect the statistics of the spaces that may move, and match: in several passes where memory is short.
-
-    Args:
-        model, points, max_positions, seed: as in `collect_statistics`.
-        spec: the model's spec.
-        batches: gives the same model inputs at every call; it is called once a pass.
-        maximize, method, kinds, workers, progress: as in `match`.
-        memory_limit: bytes of matrices, and of activations of the first of two networks, that may be held at once.
-
-    Returns:
-        A permutation of every space.
-
-    Raises:
-        PurificationError: a tap was not read.
-        UsageError: the taps of one space alone take more than `memory_limit`.
-    """
-    # of two networks, as much again for the activations
-    matrices = None if memory_limit is None else memory_limit // len(points)
-    result = identity(spec)
-    for part in parts(spec, kinds, matrices):
-        reading: dict[str, Any] = {"max_positions": max_positions, "seed": seed, "memory_limit": memory_limit}
-        statistics = collect_statistics(model, part.taps, batches(), points=points, **reading)
-        solving: dict[str, Any] = {"method": method, "kinds": kinds, "workers": workers, "progress": progress}
-        result |= match(part, statistics, maximize=maximize, **solving)
-    return result
-
-
-def parts(spec: PermutationSpec, kinds: Collection[Kind], limit: int | None = None) -> list[PermutationSpec]:
-    """Cut a spec into parts that can be matched one after the other: spaces and taps, without tensors.
-
-    Spaces that share a tap or are nested in each other stay together. Left out is what cannot move.
-
-    Args:
-        spec: the spec.
-        kinds: the kinds of spaces that may move.
-        limit: bytes of matrices in a part; exceeded only by what has to stay together.
-    """
-    whole = [_part(spec, group) for group in _groups(spec)]
-    movable = [part for part in whole if part.taps and any(s.kind in kinds for s in part.spaces.values())]
-    packed: list[list[PermutationSpec]] = []
-    for part in sorted(
-        movable, key=lambda part: matrix_bytes(part.taps), reverse=True
-    ):  # large ones first: few passes
-        for others in packed:
-            if limit is None or sum(matrix_bytes(one.taps) for one in (*others, part)) <= limit:
-                others.append(part)
-                break
-        else:
-            packed.append([part])
-    return [_part(spec, {name for part in together for name in part.spaces}) for together in packed]
-
-
-def _groups(spec: PermutationSpec) -> list[set[str]]:
-    """The names of spaces that share a tap or are nested in each other, directly or by way of others."""
-    groups = [{space.name, *(child.name for child in spec.children(space.name))} for space in _outer(spec)]
-    for tap in spec.taps:
-        found = {atom.space for atom in atoms(tap.axis)}
-        joined: set[str] = set().union(*(group for group in groups if group & found))
-        groups = [group for group in groups if not group & found] + ([joined] if joined else [])
-    return groups
-
-
-def _part(spec: PermutationSpec, names: Collection[str]) -> PermutationSpec:
-    taps = tuple(tap for tap in spec.taps if any(atom.space in names for atom in atoms(tap.axis)))
-    return PermutationSpec({name: space for name, space in spec.spaces.items() if name in names}, {}, taps)
-
-
-def _outer(spec: PermutationSpec) -> list[Space]:
-    """The spaces that are nested in none."""
-    return [space for space in spec.spaces.values() if space.parent is None]
 
 
 def match(
@@ -152,17 +63,25 @@ def match(
         return {space.name: torch.from_numpy(assign(readings.score(space), maximize=maximize))}
 
     result = identity(spec)
-    spaces = sorted(_outer(spec), key=lambda space: space.size, reverse=True)  # no thread is left with a long one
+    spaces = sorted(
+        outer_spaces(spec), key=lambda space: space.size, reverse=True
+    )  # no thread is left with a long one
     threads = max(1, min(workers or min(torch.get_num_threads(), THREADS), len(spaces)))
-    # one thread for each product: a second one that has to wait for a processor holds up the first
-    with (
-        threadpool_limits(1, user_api="blas"),
-        ThreadPoolExecutor(threads) as pool,
-        closing(pool.map(solve, spaces)) as solved,
-    ):
-        for found in tqdm(solved, "Matching", len(spaces), unit=" spaces", delay=SILENT_SECONDS, disable=not progress):
-            result |= found
+    pool = ThreadPoolExecutor(threads)
+    # one BLAS thread for each: a second one that has to wait for a processor holds up the first
+    with threadpool_limits(1, user_api="blas"):
+        try:
+            solved = [pool.submit(solve, space) for space in spaces]
+            for one in tqdm(solved, "Matching", unit=" spaces", delay=SILENT_SECONDS, disable=not progress):
+                result |= one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
     return result
+
+
+def outer_spaces(spec: PermutationSpec) -> list[Space]:
+    """The spaces that are nested in none."""
+    return [space for space in spec.spaces.values() if space.parent is None]
 
 
 class _Readings:

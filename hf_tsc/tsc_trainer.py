@@ -31,9 +31,9 @@ from hf_tsc.derive import example_inputs, verify
 from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.functional import call_at, forget_caches
 from hf_tsc.images import ImagePipeline
-from hf_tsc.matching import match_networks
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, ImageClassification, Objective
+from hf_tsc.passes import match_networks
 from hf_tsc.permutation import Params, PermutationSpec, apply, moved_fraction
 from hf_tsc.specs import spec_of
 from hf_tsc.tsc_config import SCHEDULES, TSCConfig

@@ -10,7 +10,7 @@ import hf_tsc
 
 ROOT = Path(hf_tsc.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LAYERS = ["errors", "axes", "permutation", "activations", "matching", "curve", "tsc_trainer"]
+LAYERS = ["errors", "axes", "permutation", "activations", "matching", "passes", "curve", "tsc_trainer"]
 
 
 def name_of(path: Path) -> str:
@@ -43,7 +43,7 @@ def reachable(name: str) -> set[str]:
 
 def test_there_is_something_to_look_at():
     assert len(FILES) > 15
-    assert GRAPH["hf_tsc.tsc_trainer"] >= {"hf_tsc.matching", "hf_tsc.curve"}
+    assert GRAPH["hf_tsc.tsc_trainer"] >= {"hf_tsc.passes", "hf_tsc.curve"}
     assert "hf_tsc.axes" in reachable("hf_tsc.tsc_trainer")
 
 
