@@ -49,7 +49,8 @@ def assign(score: Array, *, maximize: bool) -> Array:
 
 def potentials(cost: Array) -> tuple[Array, Array]:
     """u and v, each (n,), near the dual optimum of the assignment problem with costs (n, n)."""
-    scale = cost.mean() - cost.min(1).mean()
+    with np.errstate(invalid="ignore"):
+        scale = cost.mean() - cost.min(1).mean()
     if not 0 < scale < np.inf:  # rows of equal costs, for which zeros are optimal; or what the solver refuses
         return np.zeros(len(cost)), np.zeros(len(cost))
     costs = np.divide(cost, scale, out=np.empty(cost.shape, np.float32), casting="same_kind")
@@ -64,7 +65,10 @@ def potentials(cost: Array) -> tuple[Array, Array]:
             rows, columns = _scalings(np.exp(kernel, out=kernel))
         u += regularisation * np.log(rows)
         v += regularisation * np.log(columns)
-    return scale * u.astype(np.float64), scale * v.astype(np.float64)
+    # On a grid, so that equal costs (zeros, between units that are never active together) stay equal: where the solver
+    # finds small differences in the place of ties, it has to settle them, which can take it hundreds of times as long.
+    grid = 2.0 ** np.round(np.log2(scale * REGULARISATIONS[-1]))
+    return np.round(u * (scale / grid)) * grid, np.round(v * (scale / grid)) * grid
 
 
 def _scalings(kernel: Array) -> tuple[Array, Array]:

@@ -6,9 +6,10 @@ import torch
 from modules import Network
 from torch import nn
 
-from hf_tsc.activations import TapStatistics, collect_statistics
+from hf_tsc.activations import TapStatistics, collect_statistics, matrix_bytes
 from hf_tsc.axes import Atom
 from hf_tsc.derive import derive_spec
+from hf_tsc.errors import UsageError
 from hf_tsc.permutation import Tap
 
 IMAGES = 10
@@ -188,6 +189,79 @@ class TestMaxPositions:
         theta = tiny.tensors(model)
         for one in collect("vit", model, tiny.digit_batches(IMAGES, 4), [theta, theta], max_positions=2):
             assert close(one.products.diagonal(), one.squares[0], 1e-12)
+
+    @pytest.mark.parametrize("family", tiny.CLASSIFIERS)
+    @pytest.mark.parametrize("networks", [1, 2])
+    def test_those_of_a_tap_do_not_depend_on_the_others(self, family, networks):
+        model = tiny.random_model(family)
+        taps, points = tiny.spec(family).taps, networks * [tiny.tensors(model)]
+        batches = tiny.digit_batches(IMAGES, 4)
+        together = collect_statistics(model, taps, batches, points=points, max_positions=2, seed=3)
+        for tap, expected in zip(reversed(taps), reversed(together), strict=True):
+            (alone,) = collect_statistics(model, [tap], batches, points=points, max_positions=2, seed=3)
+            assert torch.equal(alone.products, expected.products)
+            assert torch.equal(alone.sums, expected.sums)
+
+    def test_other_positions_in_every_batch(self):
+        model = tiny.random_model("vit")
+        (batch,) = tiny.digit_batches(4, 4)
+        theta, tap = tiny.tensors(model), tiny.spec("vit").taps[0]
+        once, more = (
+            collect_statistics(model, [tap], n * [batch], points=[theta], max_positions=1)[0] for n in (1, 5)
+        )
+        assert not close(more.products, 5 * once.products, 1e-3)
+
+
+class TestMemoryLimit:
+    def read(self, limit: int | None, **options) -> tuple[list[int], list[TapStatistics]]:
+        """How many images the network was given at once, and the statistics of two networks."""
+        a, b = (tiny.random_model("vit", seed=seed) for seed in (1, 2))
+        seen: list[int] = []
+        a.register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True)
+        batches = tiny.digit_batches(IMAGES, 4)
+        return seen, collect("vit", a, batches, [tiny.tensors(a), tiny.tensors(b)], memory_limit=limit, **options)
+
+    @pytest.fixture(scope="class")
+    def needed(self) -> tuple[int, int]:
+        """Bytes of the matrices, and of one image's activations."""
+        taps = tiny.spec("vit").taps
+        _, found = self.read(None)
+        matrices = sum(one.products.numel() * one.products.element_size() for one in found)
+        assert matrices == matrix_bytes(taps)
+        return matrices, sum(8 * tap.axis.size * one.count // IMAGES for tap, one in zip(taps, found, strict=True))
+
+    @pytest.mark.parametrize(
+        ("images", "expected"), [(1, [1] * 10), (3, [3, 1, 3, 1, 2]), (4, [4, 4, 2]), (100, [4, 4, 2])]
+    )
+    def test_two_networks_read_as_many_images_as_fit(self, needed, images, expected):
+        matrices, image = needed
+        seen, found = self.read(matrices + images * image + image // 2)
+        assert seen == [1, *(count for count in expected for _ in "ab")]  # one image first, to measure
+        for one, other in zip(found, self.read(None)[1], strict=True):
+            assert one.count == other.count
+            for name in ("products", "sums", "squares"):
+                assert close(getattr(one, name), getattr(other, name), 1e-12)
+
+    def test_fewer_positions_leave_room_for_more_images(self, needed):
+        matrices, image = needed
+        assert self.read(matrices + image)[0] == [1] * 21
+        assert self.read(matrices + image, max_positions=2)[0] == [1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+
+    def test_one_network_holds_no_activations(self, needed):
+        model = tiny.random_model("vit")
+        theta, batches = [tiny.tensors(model)], tiny.digit_batches(IMAGES, 4)
+        found = collect("vit", model, batches, theta, memory_limit=needed[0])
+        for one, other in zip(found, collect("vit", model, batches, theta), strict=True):
+            assert torch.equal(one.products, other.products)
+
+    def test_what_cannot_fit_is_refused(self, needed):
+        matrices, image = needed
+        with pytest.raises(
+            UsageError, match=r"the matrices of \d+ taps take .* GB, allowed are .* GB: allow more, or"
+        ):
+            self.read(matrices - 1)
+        with pytest.raises(UsageError, match=r"activations of one image take .* GB left: .* \(max_positions\)"):
+            self.read(matrices + image - 1)
 
 
 class TestSimilarity:

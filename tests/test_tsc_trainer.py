@@ -408,6 +408,21 @@ class TestRefusals:
         assert len(moved) > 2
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_little_memory_for_statistics_changes_nothing(tmp_path, stages, monkeypatch):
+    """A round of one curve un-aligns only; one of two aligns as well."""
+    passes = []
+    begin = TSCTrainer._clean_batches
+    options = {"rounds": 1, "stages": stages, "max_positions": 2}
+    whole, _ = recorded(tmp_path, **options)
+    monkeypatch.setattr(TSCTrainer, "_clean_batches", lambda made: passes.append(made) or begin(made))
+    less, _ = recorded(tmp_path, **options, statistics_memory_gb=2.2e-5)
+    assert len(passes) > stages
+    assert same(weights(whole), weights(less))
+    with pytest.raises(UsageError, match="the matrices of"):
+        trainer(tmp_path, statistics_memory_gb=1e-7).train()
+
+
 def test_channels_last_changes_the_memory_format_and_not_the_course(tmp_path):
     plain, other = (trainer(tmp_path / str(on), "resnet", channels_last=on) for on in (False, True))
     for made in (plain, other):
