@@ -133,7 +133,8 @@ def collect_statistics(
             _read(model, taps, batch, points[0], pick, lambda number, x: totals[number].add(x, x))
             continue
         if room is not None and images is None:
-            images = _images_within(room, model, taps, batch, points[0], pick)
+            image = activation_bytes(model, taps, batch, point=points[0], max_positions=max_positions)
+            images = _images_within(room, image)
         for part in _parts(batch, images):
             _add_pairs(totals, model, taps, part, points, pick)
     for tap, total in zip(taps, totals, strict=True):
@@ -155,19 +156,14 @@ def _room_beside_matrices(taps: Sequence[Tap], memory_limit: int | None) -> int 
     return memory_limit - matrix_bytes(taps)
 
 
-def _images_within(
-    room: int, model: nn.Module, taps: Sequence[Tap], batch: Batch, point: Params, pick: _PositionPicker
-) -> int:
-    """How many images' activations at all taps take at most `room` bytes."""
-    sizes: list[int] = []
-    first = next(_parts(batch, 1))
-    _read(model, taps, first, point, pick, lambda _, x: sizes.append(x.numel() * x.element_size()))
-    if sum(sizes) > room:
+def _images_within(room: int, image: int) -> int:
+    """How many images fit, each of whose activations take `image` bytes."""
+    if image > room:
         raise UsageError(
-            f"the activations of one image take {sum(sizes) / 1e9:.2g} GB, and beside the matrices there are "
+            f"the activations of one image take {image / 1e9:.2g} GB, and beside the matrices there are "
             f"{room / 1e9:.2g} GB left: allow more memory, or fewer positions (max_positions)"
         )
-    return room // max(sum(sizes), 1)
+    return room // max(image, 1)
 
 
 def _parts(batch: Batch, images: int | None) -> Iterator[Batch]:
@@ -212,6 +208,16 @@ class _PositionPicker:
             drawn = np.random.default_rng([*self.seed, count]).choice(count, self.limit, replace=False)
             self.drawn[count] = torch.from_numpy(np.sort(drawn)).to(x.device)
         return x.index_select(1, self.drawn[count])
+
+
+def activation_bytes(
+    model: nn.Module, taps: Sequence[Tap], batch: Batch, *, point: Params, max_positions: int | None = None
+) -> int:
+    """What one network gives at all taps for the first image of a batch; this much is held between two networks."""
+    sizes: list[int] = []
+    pick = _PositionPicker(max_positions, (0, 0))
+    _read(model, taps, next(_parts(batch, 1)), point, pick, lambda _, x: sizes.append(x.numel() * x.element_size()))
+    return sum(sizes)
 
 
 @torch.no_grad()

@@ -221,7 +221,7 @@ class TestMemoryLimit:
         batches = tiny.digit_batches(IMAGES, 4)
         return seen, collect("vit", a, batches, [tiny.tensors(a), tiny.tensors(b)], memory_limit=limit, **options)
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def needed(self) -> tuple[int, int]:
         """Bytes of the matrices, and of one image's activations."""
         taps = tiny.spec("vit").taps

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from hf_tsc import assignment, matching
 from hf_tsc.activations import MATCHING_METHODS, TapStatistics, collect_statistics
 from hf_tsc.axes import Atom, Concat, Frozen, Product, index
 from hf_tsc.batch_norm import recompute_statistics
@@ -184,3 +185,29 @@ class TestKinds:
         assert found.keys() == still.keys()
         for name, space in spec.spaces.items():
             assert torch.equal(found[name], still[name]) == (space.kind not in kinds)
+
+
+class TestThreads:
+    @pytest.mark.parametrize("maximize", [True, False])
+    def test_the_result_does_not_depend_on_their_number(self, maximize, monkeypatch):
+        monkeypatch.setattr(assignment, "LARGE", 1)
+        spec = tiny.spec("vit")
+        readings = read("vit", *(tiny.tensors(tiny.random_model("vit", seed=seed)) for seed in (1, 2)))
+        one, *others = (match(spec, readings, maximize=maximize, workers=workers) for workers in (1, 2, 50, None))
+        for other in others:
+            assert all(torch.equal(one[name], other[name]) for name in one)
+
+    def test_an_error_in_one_is_the_callers(self):
+        readings = read("vit", tiny.tensors(tiny.random_model("vit")))
+        readings[-1].products[0, 0] = torch.nan
+        with pytest.raises(ValueError, match="matrix contains invalid numeric entries"):
+            match(tiny.spec("vit"), readings, maximize=False, workers=2)
+
+    @pytest.mark.parametrize(
+        ("progress", "seconds", "shown"), [(True, 0.0, True), (True, 60.0, False), (False, 0.0, False)]
+    )
+    def test_a_bar_only_when_it_takes_long(self, progress, seconds, shown, monkeypatch, capsys):
+        monkeypatch.setattr(matching, "SILENT_SECONDS", seconds)
+        readings = read("vit", tiny.tensors(tiny.random_model("vit")))
+        match(tiny.spec("vit"), readings, maximize=False, progress=progress)
+        assert ("Matching" in capsys.readouterr().err) == shown

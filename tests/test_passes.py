@@ -101,7 +101,7 @@ class TestPasses:
         spec, options = tiny.spec(family), {"networks": networks, "max_positions": max_positions, "seed": 5}
         once, whole, _ = self.run(family, monkeypatch, **options)
         assert whole == [matrix_bytes(spec.taps)]
-        for share in (1.5, 2.5):
+        for share in (1.0, 1.4):
             found, held, limit = self.run(family, monkeypatch, share=networks * share, **options)
             assert len(held) > 1
             assert max(held) <= limit / networks
@@ -122,5 +122,5 @@ class TestPasses:
         assert all(torch.equal(perm, found[name]) for name, perm in identity(tiny.spec("vit")).items())
 
     def test_a_limit_below_the_taps_of_one_space(self, monkeypatch):
-        with pytest.raises(UsageError, match="the matrices of .* taps take"):
+        with pytest.raises(UsageError, match=r"the matrices of \d+ taps take"):
             self.run("vit", monkeypatch, networks=1, share=0.9)
