@@ -98,8 +98,8 @@ class TSCConfig(TrainingArguments):
     statistics_batch_size (`int`): images a forward pass when statistics are collected; those of BatchNorm depend on
         it.
     statistics_memory_gb (`float`, *optional*): hold at most so many gigabytes of statistics for the matching at once,
-        and read the images in several passes where they take more. Between two networks half of it is for the
-        matrices, and the rest for activations.
+        and read the images in several passes where they take more; None for no limit. Between two networks half of it
+        is for the matrices, and the rest for activations.
 
     > Parameters that control the loss
 
@@ -138,7 +138,7 @@ class TSCConfig(TrainingArguments):
         default=128, metadata={"help": "Images a forward pass for matching and BatchNorm statistics."}
     )
     statistics_memory_gb: float | None = field(
-        default=None, metadata={"help": "Gigabytes of statistics for the matching at once; more take several passes."}
+        default=8.0, metadata={"help": "Gigabytes of statistics for the matching at once; more take several passes."}
     )
     objective: str = field(default="cross_entropy", metadata={"help": "Training loss.", "choices": OBJECTIVES})
     temperature: float = field(default=2.0, metadata={"help": "Temperature of the distillation."})

@@ -3,10 +3,10 @@
     python recipes/benchmark_matching.py --dataset_name cifar10 --output docs/matching.json
 
 A ViT-B (86 million weights, 12 spaces of 3072 units) is trained for a few steps on real images, so that its
-activations are those of a network that has begun to learn. Un-alignment matches it with itself; re-alignment matches
-it with a noisy copy of the un-aligned network. Timed is `match`, statistics apart; the time of SciPy's solver alone,
-on the largest problem, is there to compare with. Images are small (64 pixels): the size of the problems depends on the
-widths of the network alone.
+activations are those of a network that has begun to learn. Un-alignment matches it with itself. Re-alignment matches
+it with what a purification aligns to: a point of the curve to the un-aligned copy, trained as many steps. Timed is
+`match`, statistics apart; the time of SciPy's solver alone, on the largest problem, is there to compare with. Images
+are small (64 pixels): the size of the problems depends on the widths of the network alone.
 """
 
 from __future__ import annotations
@@ -39,14 +39,18 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_tsc.activations import TapStatistics, collect_statistics, matrix_bytes
+from hf_tsc.activations import TapStatistics, activation_bytes, collect_statistics, matrix_bytes
+from hf_tsc.curve import CurveModel
 from hf_tsc.derive import derive_spec, example_inputs
 from hf_tsc.matching import match
-from hf_tsc.permutation import Params, PermutationSpec, apply
+from hf_tsc.passes import parts
+from hf_tsc.permutation import KINDS, Params, PermutationSpec, apply
+from hf_tsc.tsc_trainer import tensors_of
 
 SIDE, LABELS = 64, 10
+PUBLISHED_SIDE = 224  # of the images that the large models are made for
 TARGETS = {"un-alignment": 60.0, "re-alignment": 15.0}  # seconds
-NOISE = 0.3  # of a tensor's standard deviation
+CURVE_T = 0.4
 LARGE_VIT = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 CLIP_TEXT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 MODELS = {
@@ -67,7 +71,8 @@ def images_of(dataset: Any, rows: Sequence[int], column: str) -> Tensor:
 
 
 def train(model: nn.Module, dataset: Any, columns: tuple[str, str], *, steps: int, batch_size: int = 32) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     for _ in tqdm(range(steps), "training"):
         rows = torch.randint(len(dataset), (batch_size,), generator=generator).tolist()
@@ -75,6 +80,17 @@ def train(model: nn.Module, dataset: Any, columns: tuple[str, str], *, steps: in
         model(pixel_values=images_of(dataset, rows, columns[0]), labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def trained_point(
+    model: nn.Module, theta: Params, copy: Params, dataset: Any, columns: tuple[str, str], *, steps: int
+) -> Params:
+    """γ(t*) of a curve between a network and its copy; γ(t*) is what is trained."""
+    curve = CurveModel(model)
+    curve.set_ends(theta, copy)
+    curve.t = CURVE_T
+    train(curve, dataset, columns, steps=steps)
+    return curve.point(CURVE_T)
 
 
 def solve(
@@ -107,7 +123,7 @@ def assignment_rows(dataset: Any, columns: tuple[str, str], *, steps: int, image
     train(model, dataset, columns, steps=steps)
     model.eval().requires_grad_(False)
     spec = derive_spec(model, example_inputs(model))
-    theta: Params = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    theta = tensors_of(model)
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for start in tqdm(range(0, images, 64), "statistics"):
@@ -115,24 +131,26 @@ def assignment_rows(dataset: Any, columns: tuple[str, str], *, steps: int, image
 
     statistics = collect_statistics(model, spec.taps, batches(), points=[theta])
     permutation, unaligned = solve("un-alignment", spec, statistics)
-    copy = apply(theta, spec, permutation)
-    noisy = {name: t + NOISE * t.std() * torch.randn_like(t) if t.ndim > 1 else t for name, t in copy.items()}
-    statistics = collect_statistics(model, spec.taps, batches(), points=[noisy, theta])
+    point = trained_point(model, theta, apply(theta, spec, permutation), dataset, columns, steps=steps)
+    statistics = collect_statistics(model, spec.taps, batches(), points=[point, theta])
     _, realigned = solve("re-alignment", spec, statistics)
     return [unaligned, realigned]
 
 
 def memory_rows() -> list[dict[str, Any]]:
-    """What the matrices of all taps take at once, and those of the largest one."""
+    """What the matrices of all taps take, those of the largest part that is not cut further, and the activations."""
     rows = []
     for name, build in MODELS.items():
         with torch.device("meta"):
             model = build().eval()
-        taps = derive_spec(model, example_inputs(model)).taps
-        largest = max(matrix_bytes([tap]) for tap in taps)
-        rows.append(
-            {"model": name, "taps": len(taps), "all_gb": matrix_bytes(taps) / 1e9, "largest_gb": largest / 1e9}
-        )
+        inputs = example_inputs(model)
+        spec = derive_spec(model, inputs)
+        largest = max(matrix_bytes(part.taps) for part in parts(spec, KINDS, limit=0))
+        taken = {"all_gb": matrix_bytes(spec.taps) / 1e9, "largest_gb": largest / 1e9}
+        inputs = {key: value.to("meta") for key, value in inputs.items()}
+        inputs["pixel_values"] = torch.empty(1, 3, PUBLISHED_SIDE, PUBLISHED_SIDE, device="meta")
+        image = activation_bytes(model, spec.taps, inputs, point=tensors_of(model))
+        rows.append({"model": name, "taps": len(spec.taps), **taken, "image_gb": image / 1e9})
     return [{key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
 
 
@@ -142,7 +160,7 @@ def main() -> None:
     parser.add_argument("--image_column_name", default="img")
     parser.add_argument("--label_column_name", default="label")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20, help="of training")
+    parser.add_argument("--steps", type=int, default=20, help="of training, of the network and of the curve")
     parser.add_argument("--images", type=int, default=512, help="for the statistics")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

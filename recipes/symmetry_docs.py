@@ -28,9 +28,12 @@ def matching_table(record: dict[str, Any]) -> str:
 
 
 def memory_table(record: dict[str, Any]) -> str:
-    head = ["| model | taps | all at once, GB | the largest tap, GB |", "|---|---:|---:|---:|"]
-    rows = [f"| {r['model']} | {r['taps']} | {r['all_gb']:.2f} | {r['largest_gb']:.3f} |" for r in record["memory"]]
-    return "\n".join([*head, *rows])
+    head = ["| model | taps | all at once, GB | at least, GB | activations of an image, GB |"]
+    rows = [
+        f"| {r['model']} | {r['taps']} | {r['all_gb']:.2f} | {r['largest_gb']:.2f} | {r['image_gb']:.3f} |"
+        for r in record["memory"]
+    ]
+    return "\n".join([*head, "|---|---:|---:|---:|---:|", *rows])
 
 
 def _origin(record: dict[str, Any]) -> str:
