@@ -1,4 +1,4 @@
-"""hf-tsc: purify, evaluate, spec, train-suspect and demo on the command line."""
+"""hf-tsc: purify, evaluate, spec, train-suspect, demo and benchmark on the command line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 
 from hf_tsc import __version__
 from hf_tsc.architectures.table import as_text, read_table
+from hf_tsc.benchmark.estimate import estimate_seconds
+from hf_tsc.benchmark.images import BenchmarkImages
+from hf_tsc.benchmark.lines import read_lines
+from hf_tsc.benchmark.plan import Plan
+from hf_tsc.benchmark.results import write_results
+from hf_tsc.benchmark.runner import cells_to_run, lines_of, run_plan
 from hf_tsc.data import ImageData
 from hf_tsc.demo import DEMO_MODELS, run_demo
 from hf_tsc.derive import example_inputs, image_size, verify
-from hf_tsc.errors import HfTscError, UsageError
+from hf_tsc.errors import HfTscError, PurificationError, UsageError
 from hf_tsc.evaluation import Attack, evaluate_model
 from hf_tsc.hub import Source, load_image_processor, load_model, resolve_model
 from hf_tsc.images import ImagePipeline
@@ -127,6 +133,27 @@ class SuspectArguments:
 
 
 @dataclass
+class BenchmarkArguments:
+    """What to run, and where results go."""
+
+    results: str = field(default="results.jsonl", metadata={"help": "File of results, a JSON line a cell."})
+    cache_dir: str = field(default="suspects", metadata={"help": "Folder of trained suspects."})
+    test_split: str = field(default="test", metadata={"help": "Split to measure on."})
+    processes: int = field(default=1, metadata={"help": "Cells at once, each on one thread."})
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "Only cells whose line in --dry_run contains all of these words."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "List the cells and estimate their time."})
+
+
+@dataclass
+class TablesArguments:
+    """Where tables and pictures go."""
+
+    output_dir: str = field(default="results", metadata={"help": "Folder; files in it are written anew."})
+
+
+@dataclass
 class DemoArguments:
     """The demonstration."""
 
@@ -167,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:14} {(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
+    lines = [f"  {name:17} {(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
     return "\n".join(
         ["usage: hf-tsc COMMAND [options]", "", *lines, "", "hf-tsc COMMAND --help shows the options of a command."]
     )
@@ -334,12 +361,49 @@ def demo_command(argv: Sequence[str]) -> None:
     run_demo(Path(args.output_dir), seed=args.seed, names=args.models)
 
 
+def benchmark_command(argv: Sequence[str]) -> None:
+    """Run the cells of a benchmark plan that have no result yet."""
+    types = (DataArguments, BenchmarkArguments)
+    parser = _parser("benchmark", types, positional="PLAN", help="a YAML file; see recipes/cifar10/plan.yaml")
+    data_args, args, rest = _parse(parser, argv)
+    plan, images = Plan.read(Path(rest.plan)), BenchmarkImages(data_args, args.test_split)
+    results, cache = Path(args.results), Path(args.cache_dir)
+    if args.dry_run:
+        lines = lines_of(images, results)
+        cells = cells_to_run(plan, lines, args.only)
+        seconds = estimate_seconds(cells, lines, images, cache)
+        for cell in cells:
+            print(cell)
+        whole = sum(seconds.values()) / args.processes
+        print(
+            f"{len(cells)} of {len(plan.cells)} cells to run: about {whole / 60:.0f} minutes on {args.processes} "
+            f"process(es), {seconds['suspects'] / args.processes / 60:.0f} of them for suspects"
+        )
+        return
+    progress = run_plan(plan, images, results=results, cache=cache, processes=args.processes, only=args.only)
+    print(f"{progress.finished} cells finished, in {results}")
+    if progress.failed:
+        raise PurificationError(f"{len(progress.failed)} cells failed: {', '.join(progress.failed)}; see above")
+
+
+def benchmark_tables_command(argv: Sequence[str]) -> None:
+    """Make tables and pictures of a benchmark's results."""
+    parser = _parser("benchmark-tables", (TablesArguments,), positional="RESULTS", help="file of results, JSON lines")
+    args, rest = _parse(parser, argv)
+    lines = read_lines(Path(rest.results))
+    if not lines:
+        raise UsageError(f"{rest.results} has no results: run hf-tsc benchmark first")
+    write_results(lines, Path(args.output_dir))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "purify": purify_command,
     "evaluate": evaluate_command,
     "spec": spec_command,
     "train-suspect": train_suspect_command,
     "demo": demo_command,
+    "benchmark": benchmark_command,
+    "benchmark-tables": benchmark_tables_command,
 }
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -23,18 +21,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ResNetConfig,
-    TrainingArguments,
     ViTConfig,
     ViTImageProcessorPil,
 )
 
+from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune
 from hf_tsc.data import ImageData, open_images
 from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.folders import check_output, write_json
 from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.metrics import defense_effectiveness
-from hf_tsc.objective_trainer import ObjectiveTrainer
-from hf_tsc.objectives import ImageClassification
 from hf_tsc.purify import purify
 from hf_tsc.report import CARD_FILE, PLOT_FILE, PurificationReport
 from hf_tsc.suspects import SuspectConfig, train_suspect
@@ -180,38 +176,26 @@ def _fine_tune_and_measure(
     rate: float,
     seed: int,
 ) -> dict[str, Any]:
-    tuned = fine_tune(suspect, clean, processor, report, rate=rate, seed=seed)
+    tuned = fine_tune_alike(suspect, clean, processor, report, rate=rate, seed=seed)
     return Evaluator(test, ImagePipeline(processor), num_classes=10, attack=attack)(tuned).to_dict()
 
 
-def fine_tune(
+def fine_tune_alike(
     suspect: PreTrainedModel, clean: ImageData, processor: Any, report: PurificationReport, *, rate: float, seed: int
 ) -> PreTrainedModel:
     """Plain fine-tuning on labels, with the images, optimizer, batch, augmentation and steps of the purification."""
-    model, used = copy.deepcopy(suspect), report.arguments
-    pipeline = ImagePipeline(processor)
-    dataset = pixel_dataset(clean, report.dataset["train_indices"], pipeline)
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder,
-            max_steps=report.cost["gradient_evaluations"],
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
-            optim=used["optim"],
-            optim_args=used["optim_args"],
-            weight_decay=used["weight_decay"],
-            max_grad_norm=0.0,
-            per_device_train_batch_size=used["per_device_train_batch_size"],
-            remove_unused_columns=False,
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            seed=seed,
-            use_cpu=True,
-        )
-        objective = ImageClassification(pipeline, augmentation=used["augmentation"])
-        ObjectiveTrainer(objective=objective, model=model, args=args, train_dataset=dataset).train()
-    return model.eval()
+    used = report.arguments
+    dataset = pixel_dataset(clean, report.dataset["train_indices"], ImagePipeline(processor))
+    settings = FineTuning(
+        steps=report.cost["gradient_evaluations"],
+        learning_rate=rate,
+        batch_size=used["per_device_train_batch_size"],
+        optim=used["optim"],
+        optim_args=used["optim_args"],
+        weight_decay=used["weight_decay"],
+        augmentation=used["augmentation"],
+    )
+    return fine_tune(suspect, dataset, settings, seed=seed, use_cpu=True)
 
 
 def best_fine_tuning(result: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Calling a network at a point of weight space that is not its own."""
+"""Points of weight space: those of models, and calling a network at one that is not its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_tsc.permutation import Params
 
 
 def call_at(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Any:
@@ -28,3 +30,8 @@ def forget_caches(model: nn.Module) -> None:
     model.train()
     for module, mode in modes:
         module.training = mode
+
+
+def tensors_of(model: nn.Module) -> Params:
+    """All parameters and buffers by name, detached: the tensors themselves, not copies."""
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}

@@ -242,7 +242,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Stack the items of a `PixelDataset`.
 
     Returns:
-        `"pixels"`, uint8 (n, 3, H, W), and for labelled items `"labels"`, int64 (n,).
+        `"pixels"`, uint8 (n, 3, H, W), for labelled items `"labels"`, int64 (n,), and `"poisoned"`, bool (n,), where
+        items say so.
 
     Raises:
         UsageError: the pictures have different sizes.
@@ -256,6 +257,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch = {"pixels": torch.stack([item["pixels"] for item in items])}
     if "labels" in items[0]:
         batch["labels"] = torch.tensor([item["labels"] for item in items], dtype=torch.int64)
+    if "poisoned" in items[0]:
+        batch["poisoned"] = torch.tensor([item["poisoned"] for item in items], dtype=torch.bool)
     return batch
 
 

@@ -15,10 +15,11 @@ from hf_tsc.data import CleanSubset, ImageData, check_classes, clean_subset, ind
 from hf_tsc.derive import image_size
 from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack, Evaluator
+from hf_tsc.functional import tensors_of
 from hf_tsc.hub import Source, load_image_processor
 from hf_tsc.images import ImagePipeline, PixelDataset, pixel_dataset
 from hf_tsc.tsc_config import TSCConfig
-from hf_tsc.tsc_trainer import TSCTrainer, tensors_of
+from hf_tsc.tsc_trainer import TSCTrainer
 
 DISTILLED_TRANSFORMER = (
     "Distillation from the suspect has brought backdoors of small transformers back in trials; with labels "

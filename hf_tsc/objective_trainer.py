@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import IntervalStrategy, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from hf_tsc.errors import PurificationError
 from hf_tsc.images import collate
@@ -34,6 +35,8 @@ class ObjectiveTrainer(Trainer):
         self.objective = objective
         self._micro_batch = 0
         super().__init__(data_collator=collate, callbacks=[_StepCounter(self), *(callbacks or [])], **kwargs)
+        if self.args.logging_strategy == IntervalStrategy.NO:
+            self.remove_callback(PrinterCallback)  # it prints without a progress bar, whatever the strategy
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Counts the micro-batches of a step: each has its own seed."""

@@ -88,7 +88,7 @@ class ImageClassification:
         self.score_name = score_name
 
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
-        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed)
+        pixels = self.augmented(batch, seed=seed)
         partner = share = None
         if self.mixup is not None:
             pixels, partner, share = self.mixup(pixels, seed=seed)
@@ -101,6 +101,10 @@ class ImageClassification:
         if "labels" not in batch:
             raise UsageError("the cross-entropy objective needs labels and the data set has none; use distillation")
         return mixed_cross_entropy(logits, batch["labels"], partner, share)
+
+    def augmented(self, batch: Batch, *, seed: int) -> Tensor:
+        """(n, 3, H, W) in [0, 1]: the pictures to learn from."""
+        return self.augmentation(to_unit_interval(batch["pixels"]), seed=seed)
 
     def model_inputs(self, batch: Batch) -> Batch:
         return {"pixel_values": self.pipeline.model_input(batch["pixels"])}

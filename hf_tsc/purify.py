@@ -30,14 +30,10 @@ from hf_tsc.report import (
     summarise_spec,
 )
 from hf_tsc.triggers import trigger_to_dict
-from hf_tsc.tsc_config import TSCConfig
+from hf_tsc.tsc_config import TSCConfig, reported_arguments
 from hf_tsc.tsc_trainer import TSCTrainer
 
 REQUEST_FILE = "request.json"
-# Arguments of TSCConfig that do not change the result, or that name places on this machine.
-_NOT_REPORTED = (
-    "output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token", "resume_from_checkpoint", "max_steps"
-)  # fmt: skip
 
 
 def purify(
@@ -155,7 +151,7 @@ def _request(job: Job, config: TSCConfig) -> dict[str, Any]:
         "model": job.source.file_hashes,
         "images": job.describe()["indices_hash"],
         "dataset": job.data.rows._fingerprint,
-        "arguments": _arguments(config),
+        "arguments": reported_arguments(config),
     }
 
 
@@ -173,7 +169,7 @@ def _report(
         suspect=_describe_suspect(job.source, job.model, dtype),
         dataset=job.describe(),
         spec=summarise_spec(trainer.spec, trainer.verification.error, trainer.verification.control),
-        arguments=_arguments(config),
+        arguments=reported_arguments(config),
         curves=[curve.to_dict() for curve in trainer.curves],
         before=before,
         after=after,
@@ -188,17 +184,6 @@ def _report(
 
 def _to(model: Any, device: torch.device) -> PreTrainedModel:
     return model.to(device)
-
-
-def _arguments(config: TSCConfig) -> dict[str, Any]:
-    """The arguments that differ from a plain TSCConfig, and those that a reader will look for."""
-    values, defaults = config.to_dict(), TSCConfig(use_cpu=config.use_cpu).to_dict()
-    always = set(TSCConfig.__annotations__) | {"seed", "num_train_epochs", "weight_decay"}
-    return {
-        key: value
-        for key, value in values.items()
-        if key not in _NOT_REPORTED and (key in always or value != defaults.get(key))
-    }
 
 
 def _save_model(model: PreTrainedModel, dtype: torch.dtype, source: Source, processor: Any, folder: Path) -> None:

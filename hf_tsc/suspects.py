@@ -12,17 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
+from hf_tsc.activations import Batch
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack
 from hf_tsc.folders import finished_folder, write_json
 from hf_tsc.hub import quiet
-from hf_tsc.images import AUGMENTATIONS, ImagePipeline, pixel_dataset
+from hf_tsc.images import AUGMENTATIONS, ImagePipeline, PixelDataset, pixel_dataset, to_unit_interval
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import ImageClassification
-from hf_tsc.triggers import poison_indices, trigger_to_dict
+from hf_tsc.triggers import Trigger, poison_indices, trigger_to_dict
 
 RECORD = "suspect.json"
 
@@ -33,6 +35,12 @@ class SuspectConfig(TrainingArguments):
 
     augmentation: str = field(
         default="none", metadata={"help": "Random changes of the training images.", "choices": AUGMENTATIONS}
+    )
+    trigger_last: bool = field(
+        default=False,
+        metadata={
+            "help": "Put the trigger on after the augmentation, which may hide it: the attacker trains himself."
+        },
     )
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
@@ -86,9 +94,12 @@ def train_suspect(
             labels[rows], target_label=attack.target_label, poison_rate=poison_rate, seed=args.seed
         )
     pipeline = ImagePipeline(processor)
-    dataset = pixel_dataset(data, rows, pipeline, **_poison_options(attack, poisoned))
+    dataset: Any = pixel_dataset(data, rows, pipeline, **_poison_options(attack, poisoned))
     model = _new_model(config, data, labels, seed=args.seed)
     objective = ImageClassification(pipeline, augmentation=args.augmentation)
+    if attack is not None and args.trigger_last:
+        dataset = _Flagged(pixel_dataset(data, rows, pipeline), set(poisoned.tolist()), attack.target_label)
+        objective = _TriggerLast(pipeline, augmentation=args.augmentation, trigger=attack.trigger)
     output = str(args.output_dir)
     with finished_folder(Path(output)) as folder:
         args.output_dir = str(folder)  # the Trainer makes this folder
@@ -107,6 +118,33 @@ def _poison_options(attack: Attack | None, poisoned: np.ndarray) -> dict[str, An
     if attack is None or len(poisoned) == 0:
         return {}
     return {"trigger": attack.trigger, "triggered_indices": poisoned, "relabel": attack.target_label}
+
+
+class _Flagged(torch.utils.data.Dataset):
+    """Clean pixels with the labels of poisoned items changed, and told which those are."""
+
+    def __init__(self, clean: PixelDataset, poisoned: set[int], target_label: int):
+        self.clean, self.poisoned, self.target_label = clean, poisoned, target_label
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        item = {**self.clean[position], "poisoned": position in self.poisoned}
+        return {**item, "labels": self.target_label} if item["poisoned"] else item
+
+
+class _TriggerLast(ImageClassification):
+    """Classification of augmented pictures, the poisoned ones with the trigger put on afterwards."""
+
+    def __init__(self, pipeline: ImagePipeline, *, augmentation: str, trigger: Trigger):
+        super().__init__(pipeline, augmentation=augmentation)
+        self.trigger = trigger
+
+    def augmented(self, batch: Batch, *, seed: int) -> Tensor:
+        pixels, poisoned = super().augmented(batch, seed=seed), batch["poisoned"]
+        triggered = self.trigger((255 * pixels[poisoned]).round().to(torch.uint8))
+        return pixels.masked_scatter(poisoned[:, None, None, None], to_unit_interval(triggered))
 
 
 def _new_model(config: PreTrainedConfig, data: ImageData, labels: np.ndarray, *, seed: int) -> PreTrainedModel:
@@ -130,6 +168,7 @@ def _record(
         "target_label": attack.target_label if attack else None,
         "poison_rate": poison_rate if attack else 0.0,
         "poisoned_indices": poisoned.tolist(),
+        "trigger_last": args.trigger_last,
         "seed": args.seed,
         "dataset": data.describe(),
     }

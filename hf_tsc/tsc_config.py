@@ -72,6 +72,12 @@ TRANSFORMER_DEFAULTS: dict[str, Any] = {
 }
 
 
+# Arguments of TSCConfig that do not change the result, or that name places on this machine.
+_NOT_REPORTED = (
+    "output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token", "resume_from_checkpoint", "max_steps"
+)  # fmt: skip
+
+
 @dataclass
 class TSCConfig(TrainingArguments):
     r"""
@@ -220,3 +226,14 @@ class TSCConfig(TrainingArguments):
             raise UsageError("push_to_hub: pushing is not supported yet; upload the finished folder yourself")
         if self.load_best_model_at_end:
             raise UsageError("load_best_model_at_end: there is no best step across curves; use max_accuracy_drop")
+
+
+def reported_arguments(config: TSCConfig) -> dict[str, Any]:
+    """The arguments that differ from a plain TSCConfig, and those that a reader will look for."""
+    values, defaults = config.to_dict(), TSCConfig(use_cpu=config.use_cpu).to_dict()
+    always = set(TSCConfig.__annotations__) | {"seed", "num_train_epochs", "weight_decay"}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in _NOT_REPORTED and (key in always or value != defaults.get(key))
+    }

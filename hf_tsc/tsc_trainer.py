@@ -29,7 +29,7 @@ from hf_tsc.curve import CurveModel
 from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
 from hf_tsc.derive import example_inputs, verify
 from hf_tsc.errors import PurificationError, UsageError
-from hf_tsc.functional import call_at, forget_caches
+from hf_tsc.functional import call_at, forget_caches, tensors_of
 from hf_tsc.images import ImagePipeline
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, ImageClassification, Objective
@@ -143,13 +143,18 @@ class TSCTrainer(ObjectiveTrainer):
         sweep = self._sweep()
         t_star = self._choose_t(sweep, stage, last=last)
         point = self.point(t_star)
-        self._record(CurveResult(round_, stage, step, t_star, sweep, self._moved), self.measure(point))
+        result = CurveResult(round_, stage, step, t_star, sweep, self._moved)
+        self._record(result, self.measure(point))
+        self.on_curve_end(result)
         if last:
             self._lay_curve(point, point)
         elif stage < self.args.stages:
             self._begin_second_curve(self._with_statistics(self.curve.start), point)
         else:
             self._begin_first_curve(point)
+
+    def on_curve_end(self, result: CurveResult) -> None:
+        """For subclasses: called when a curve is measured, while `point` still gives its points."""
 
     def _lay_curve(self, start: Params, end: Params) -> None:
         """A fresh curve: ends and bend in place, no momentum from the one before."""
@@ -350,11 +355,6 @@ class _SegmentCallback(TrainerCallback):
             due = control.should_log
             self.trainer.finish_segment()
             control.should_log = due  # cleared by what was logged meanwhile; the loss of this step is still to come
-
-
-def tensors_of(model: nn.Module) -> Params:
-    """All parameters and buffers by name, detached: the tensors themselves, not copies."""
-    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def _classification(args: TSCConfig, processor: Any, suspect: PreTrainedModel, score_name: str) -> ImageClassification:

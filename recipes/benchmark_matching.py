@@ -42,10 +42,10 @@ from transformers import (
 from hf_tsc.activations import TapStatistics, activation_bytes, collect_statistics, matrix_bytes
 from hf_tsc.curve import CurveModel
 from hf_tsc.derive import derive_spec, example_inputs
+from hf_tsc.functional import tensors_of
 from hf_tsc.matching import match
 from hf_tsc.passes import parts
 from hf_tsc.permutation import KINDS, Params, PermutationSpec, apply
-from hf_tsc.tsc_trainer import tensors_of
 
 SIDE, LABELS = 64, 10
 PUBLISHED_SIDE = 224  # of the images that the large models are made for

@@ -109,7 +109,7 @@ class TestHelp:
         assert caught.value.code == 0
         out, err = capsys.readouterr()
         assert f"usage: hf-tsc {command} " in out
-        assert "--output_dir" in out or command in ("evaluate", "spec")
+        assert "--output_dir" in out or command in ("evaluate", "spec", "benchmark")
         assert err == ""
 
     def test_overview(self, capsys):

@@ -11,9 +11,10 @@ from tiny import TRANSFORMER
 from transformers import ResNetConfig, ViTConfig
 
 from hf_tsc import PurificationReport, UsageError, demo
+from hf_tsc.baselines import fine_tuning
 from hf_tsc.cli import main
 from hf_tsc.data import open_images
-from hf_tsc.demo import DemoModel, best_fine_tuning, fine_tune, run_demo, split_digits, table
+from hf_tsc.demo import DemoModel, best_fine_tuning, fine_tune_alike, run_demo, split_digits, table
 
 QUICK = {"disable_tqdm": True, "logging_strategy": "no"}
 RATES = (0.001, 0.01, 0.1)
@@ -113,15 +114,15 @@ def test_fine_tuning(finished):
     clean = open_images(digits(0, 40))
     seen = []
 
-    class Recording(demo.ObjectiveTrainer):
+    class Recording(fine_tuning.ObjectiveTrainer):
         def train(self):
             result = super().train()
             seen.append((self.train_dataset.indices.tolist(), self.state.global_step, self.args.learning_rate))
             return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "ObjectiveTrainer", Recording)
-        tuned = fine_tune(suspect, clean, processor(), report, rate=0.01, seed=0)
+        patch.setattr(fine_tuning, "ObjectiveTrainer", Recording)
+        tuned = fine_tune_alike(suspect, clean, processor(), report, rate=0.01, seed=0)
     steps = report.cost["gradient_evaluations"]
     assert seen == [(report.dataset["train_indices"], steps, 0.01)]
     assert same(suspect.state_dict(), before)

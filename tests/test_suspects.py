@@ -10,7 +10,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Be
 from hf_tsc import suspects
 from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.evaluation import Attack, evaluate_model
-from hf_tsc.images import ImagePipeline
+from hf_tsc.images import ImagePipeline, to_unit_interval
+from hf_tsc.objectives import ImageClassification
 from hf_tsc.suspects import RECORD, SuspectConfig, train_suspect
 from hf_tsc.triggers import BadNets, Blended, trigger_from_dict
 
@@ -114,6 +115,35 @@ def test_callers_objects_stay_as_they_are(tmp_path):
 def test_checkpoints_do_not_stand_in_the_way(tmp_path):
     train(tmp_path / "s", save_strategy="epoch")
     assert weights(tmp_path / "s")
+
+
+class TestTriggerLast:
+    def test_the_trigger_is_put_on_after_the_augmentation(self, monkeypatch, tmp_path):
+        seen = []
+        learn = ImageClassification.loss
+
+        def loss(self, forward, batch, *, seed):
+            seen.append(
+                (batch, self.augmented(batch, seed=seed), ImageClassification.augmented(self, batch, seed=seed))
+            )
+            return learn(self, forward, batch, seed=seed)
+
+        monkeypatch.setattr(ImageClassification, "loss", loss)
+        options = {"attack": ATTACK, "poison_rate": 0.2, "augmentation": "crop", "num_train_epochs": 1}
+        train(tmp_path / "s", **options, trigger_last=True)
+        batches, learnt, augmented = zip(*seen, strict=True)
+        poisoned, labels = (torch.cat([batch[key] for batch in batches]) for key in ("poisoned", "labels"))
+        expected = torch.cat(augmented)
+        expected[poisoned] = to_unit_interval(ATTACK.trigger((255 * expected[poisoned]).round().to(torch.uint8)))
+        assert torch.equal(torch.cat(learnt), expected)
+        assert poisoned.sum() == round(0.2 * len(poisoned))
+        assert (labels[poisoned] == ATTACK.target_label).all()
+        assert set(labels[~poisoned].tolist()) - {ATTACK.target_label}
+
+    def test_a_clean_twin_has_no_trigger(self, tmp_path):
+        plain = train(tmp_path / "a", attack=None, max_steps=2)
+        same = train(tmp_path / "b", attack=None, max_steps=2, trigger_last=True)
+        assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), same.parameters(), strict=True))
 
 
 class TestRefused:

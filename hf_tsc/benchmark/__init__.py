@@ -1,0 +1,1 @@
+"""Tables of many purifications: a plan of cells, a runner that can be stopped at any time, and what became of them."""

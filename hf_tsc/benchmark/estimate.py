@@ -1,0 +1,83 @@
+"""How long a benchmark will take."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from hf_tsc.benchmark.images import BenchmarkImages
+from hf_tsc.benchmark.lines import Line
+from hf_tsc.benchmark.plan import Cell, SuspectPlan
+from hf_tsc.benchmark.suspects import is_trained
+
+PROBE_BATCH, PROBE_STEPS = 64, 3
+DEFAULT_TSC_STEPS = 1000  # where a cell's settings name no number of steps
+
+
+def estimate_seconds(
+    cells: Sequence[Cell], lines: Sequence[Line], images: BenchmarkImages, cache: Path
+) -> dict[str, float]:
+    """Seconds of one thread: for the suspects that are missing, and for the cells.
+
+    From finished cells of the same model and method where there are some, else from a few timed steps.
+    """
+    speed = {model: _seconds_per_image(cell.suspect) for model, cell in _first_of_each_model(cells).items()}
+    missing = {cell.suspect.id: cell.suspect for cell in cells if not is_trained(cell.suspect, cache / images.hash)}
+    suspects = sum(_suspect_images(suspect) * speed[suspect.model] for suspect in missing.values())
+    return {"suspects": suspects, "cells": sum(_cell_seconds(cell, lines, speed) for cell in cells)}
+
+
+def _first_of_each_model(cells: Iterable[Cell]) -> dict[str, Cell]:
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        found.setdefault(cell.suspect.model, cell)
+    return found
+
+
+def _suspect_images(plan: SuspectPlan) -> float:
+    return (plan.rows[1] - plan.rows[0]) * float(plan.arguments.get("num_train_epochs", 30))
+
+
+def _cell_seconds(cell: Cell, lines: Sequence[Line], speed: dict[str, float]) -> float:
+    def per_image(line: Line) -> float:
+        return line["seconds"]["all"] / _trained_images(line["method"], line["settings"])
+
+    alike = [
+        per_image(line)
+        for line in lines
+        if (line["model"], line["method"]) == (cell.suspect.model, cell.method) and "error" not in line
+    ]
+    rate = statistics.median(alike) if alike else 1.5 * speed[cell.suspect.model]  # measuring takes its time, too
+    return rate * _trained_images(cell.method, cell.settings)
+
+
+def _trained_images(method: str, settings: dict[str, Any]) -> float:
+    if method == "fine_tuning":
+        return float(settings["steps"]) * float(settings.get("batch_size", 64))
+    curves = float(settings.get("rounds", 1)) * float(settings.get("stages", 1))
+    steps = float(settings.get("curve_steps", DEFAULT_TSC_STEPS))
+    return curves * steps * float(settings.get("per_device_train_batch_size", 64))
+
+
+def _seconds_per_image(plan: SuspectPlan) -> float:
+    """Of a training step, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(**plan.config))
+        pixels = torch.rand(PROBE_BATCH, 3, plan.image_size, plan.image_size)
+        labels = torch.zeros(PROBE_BATCH, dtype=torch.int64)
+        times = []
+        for _ in range(PROBE_STEPS):
+            start = time.perf_counter()
+            model(pixel_values=pixels, labels=labels).loss.backward()
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return min(times) / PROBE_BATCH

@@ -1,0 +1,126 @@
+"""The methods of a benchmark. Each leaves paths through weight space, whose points are then measured alike.
+
+`fine_tuning` leaves the straight line from the suspect (0) to the fine-tuned model (1), so that one run answers for
+plain and for interpolated fine-tuning. `tsc` leaves its curves, from the suspect (0) to its un-aligned copy or to the
+point of the curve before (1).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from hf_tsc.activations import Batch
+from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune, interpolate
+from hf_tsc.curve_result import CurveResult
+from hf_tsc.errors import UsageError
+from hf_tsc.images import PixelDataset, collate
+from hf_tsc.permutation import Params
+from hf_tsc.tsc_config import TSCConfig, reported_arguments
+from hf_tsc.tsc_trainer import TSCTrainer
+
+Point = Callable[[float], Params]
+# called with a path's name, whether it is the last one, its points, and the point that is taken
+Visit = Callable[[str, bool, Point, float], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method works on."""
+
+    suspect: PreTrainedModel
+    processor: Any
+    train: PixelDataset
+    held_out: PixelDataset
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method took: gradient evaluations, and all its arguments, defaults included."""
+
+    gradient_evaluations: int
+    arguments: dict[str, Any]
+
+
+def run_fine_tuning(task: Task, settings: dict[str, Any], visit: Visit) -> Outcome:
+    """Fine-tune, and visit the line back to the suspect."""
+    if unknown := sorted(set(settings) - {entry.name for entry in fields(FineTuning)}):
+        raise UsageError(f"fine_tuning has no setting(s) {', '.join(unknown)}")
+    chosen = FineTuning(**settings)
+    tuned = fine_tune(task.suspect, task.train, chosen, seed=task.seed, use_cpu=True)
+    visit("interpolation", True, lambda alpha: interpolate(task.suspect, tuned, alpha, _clean_batches(task)), 1.0)
+    return Outcome(chosen.steps, asdict(chosen))
+
+
+def run_tsc(task: Task, settings: dict[str, Any], visit: Visit) -> Outcome:
+    """Purify, and visit every curve."""
+    options = dict(settings)
+    permutation = options.pop("permutation", "matched")
+    with tempfile.TemporaryDirectory() as folder:
+        if "max_accuracy_drop" not in options:
+            options.setdefault("sweep_points", 3)  # the trainer's own sweep is not needed
+        quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "report_to": "none"}
+        config = TSCConfig.for_model(
+            task.suspect, output_dir=folder, seed=task.seed, use_cpu=True, **{**options, **quiet}
+        )
+        trainer = _VisitingTrainer(
+            task.suspect,
+            config,
+            train_dataset=task.train,
+            eval_dataset=task.held_out,
+            processing_class=task.processor,
+            visit=visit,
+            permutation=permutation,
+        )
+        trainer.train()
+        return Outcome(trainer.state.max_steps, {**reported_arguments(config), "permutation": permutation})
+
+
+METHODS: dict[str, Callable[[Task, dict[str, Any], Visit], Outcome]] = {
+    "fine_tuning": run_fine_tuning,
+    "tsc": run_tsc,
+}
+
+
+class _VisitingTrainer(TSCTrainer):
+    """Lets every curve be seen before the next one is laid; `permutation` replaces what matching found.
+
+    `random` draws every permutation, `identity` moves nothing: what un-alignment is worth shows beside them.
+    """
+
+    def __init__(self, *args: Any, visit: Visit, permutation: str, **kwargs: Any):
+        self.visit, self.permutation = visit, permutation
+        super().__init__(*args, **kwargs)
+
+    def on_curve_end(self, result: CurveResult) -> None:
+        last = result.step >= self.args.max_steps
+        with torch.no_grad():
+            self.visit(f"round {result.round}, curve {result.stage}", last, self.point, result.t_star)
+
+    def _match(self, points: list[Params], *, maximize: bool) -> dict[str, Tensor]:
+        found = super()._match(points, maximize=maximize)
+        if self.permutation == "matched" or maximize:
+            return found
+        if self.permutation == "identity":
+            return {name: torch.arange(perm.shape[-1]).expand_as(perm).clone() for name, perm in found.items()}
+        generator = np.random.default_rng([self.args.seed, self.state.global_step, 7])
+        moving = {name for name, perm in found.items() if not bool((perm == torch.arange(perm.shape[-1])).all())}
+        return {
+            name: torch.from_numpy(generator.permuted(perm.numpy(), axis=-1)) if name in moving else perm
+            for name, perm in found.items()
+        }
+
+
+def _clean_batches(task: Task) -> Iterator[Batch]:
+    loader: Any = DataLoader(task.train, batch_size=128, collate_fn=collate, shuffle=False)
+    for batch in loader:
+        yield {"pixel_values": task.train.pipeline.model_input(batch["pixels"])}

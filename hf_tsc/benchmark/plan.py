@@ -1,0 +1,227 @@
+"""What a benchmark consists of: suspects, and cells, each one method with one setting on one suspect.
+
+A plan is a YAML file:
+
+    rows:                       # of the dataset's train and test split, [first, last + 1]
+      suspect: [0, 28000]       # suspects are trained on these
+      clean: [28000, 30000]     # clean images are drawn from these
+      select: [0, 1000]         # of the test split: to choose settings by
+      report: [1000, 5000]      # of the test split: for the figures that are reported
+    models:
+      resnet:
+        config: {model_type: resnet, ...}       # of transformers
+        image_size: 32
+        suspect: {num_train_epochs: 20}         # arguments of SuspectConfig
+        retuning: {learning_rate: 0.01}         # arguments of Retuning
+    attacks:
+      badnets: {trigger: {name: badnets}, target_label: 0, poison_rate: 0.1}
+      clean: {trigger: {name: badnets}, target_label: 0, poison_rate: 0}      # the clean twin
+    cells:
+      - group: rates            # a name for tables
+        models: [resnet]
+        attacks: [badnets]
+        seeds: [0]
+        budget: 1400            # clean images
+        method: fine_tuning     # or tsc
+        settings: {steps: 800, learning_rate: 0.1}
+        grid: {learning_rate: [0.01, 0.1]}      # every combination, on top of the settings
+        points: [0.5, 1.0]      # where the path is measured on select; 0, 0.1, ... 1 by default
+        report: [0.5]           # where it is also measured on report
+        retune: [0.5]           # and after the re-tuning attack
+
+The seed of a cell makes its suspect, draws the clean images and trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_tsc.errors import UsageError
+from hf_tsc.triggers import trigger_from_dict
+
+METHODS = ("fine_tuning", "tsc")
+ROWS = ("suspect", "clean", "select", "report")
+EVERY_TENTH = tuple(k / 10 for k in range(11))
+
+
+@dataclass(frozen=True)
+class SuspectPlan:
+    """A suspect that is trained once: everything that its weights depend on, but the images themselves."""
+
+    model: str
+    attack: str
+    seed: int
+    config: dict[str, Any]
+    image_size: int
+    trigger: dict[str, Any]
+    target_label: int
+    poison_rate: float
+    arguments: dict[str, Any]
+    rows: tuple[int, int]
+
+    @property
+    def id(self) -> str:
+        return f"{self.model}-{self.attack}-{self.seed}-{_digest(self._content())}"
+
+    def _content(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("model", "attack")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a method, and where its result is measured."""
+
+    group: str
+    suspect: SuspectPlan
+    method: str
+    budget: int
+    held_out: float
+    settings: dict[str, Any]
+    points: tuple[float, ...]
+    report: tuple[float, ...]
+    retune: tuple[float, ...]
+    retuning: dict[str, Any]
+    rows: dict[str, tuple[int, int]]
+
+    @property
+    def seed(self) -> int:
+        return self.suspect.seed
+
+    @property
+    def id(self) -> str:
+        """Of everything that the result depends on, but the images; not of the group's name."""
+        content = {key: value for key, value in vars(self).items() if key not in ("group", "suspect")}
+        return _digest({**content, "suspect": self.suspect.id})
+
+    def describe(self) -> dict[str, Any]:
+        """For the line of results."""
+        plan = self.suspect
+        names = {"model": plan.model, "attack": plan.attack, "seed": plan.seed, "suspect": plan.id}
+        return {
+            "id": self.id,
+            "group": self.group,
+            **names,
+            "budget": self.budget,
+            "held_out": self.held_out,
+            "method": self.method,
+            "settings": self.settings,
+        }
+
+    def __str__(self) -> str:
+        plan = self.suspect
+        settings = " ".join(f"{key}={value}" for key, value in self.settings.items())
+        return f"{self.id} {self.group} {plan.model}/{plan.attack}/{plan.seed} {self.method} {settings}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan file, read and checked."""
+
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def suspects(self) -> list[SuspectPlan]:
+        """In the order in which cells need them."""
+        return list({cell.suspect.id: cell.suspect for cell in self.cells}.values())
+
+    @classmethod
+    def read(cls, file: Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            UsageError: the file is missing, is no YAML, or says something else than a plan does.
+        """
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UsageError(f"{file}: expected a benchmark plan in YAML ({error})") from error
+        try:
+            return cls.from_dict(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise UsageError(f"{file}: {what}; see hf_tsc/benchmark/plan.py for what a plan holds") from error
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Plan:
+        """A plan from the content of its file; raises as `read` does, or KeyError where something is missing."""
+        rows = {name: _range(content["rows"][name], name) for name in ROWS}
+        cells = [cell for entry in content["cells"] for cell in _cells(entry, content, rows)]
+        seen: dict[str, Cell] = {}
+        for cell in cells:
+            if cell.id in seen:
+                raise ValueError(f"the same cell twice: {cell}, and in group {seen[cell.id].group}")
+            seen[cell.id] = cell
+        return cls(cells)
+
+
+def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str, tuple[int, int]]) -> Iterator[Cell]:
+    known = {"group", "models", "attacks", "seeds", "budget", "held_out", "method", "settings", "grid", "points",
+             "report", "retune"}  # fmt: skip
+    if unknown := sorted(set(entry) - known):
+        raise ValueError(f"a group of cells has the unknown key(s) {', '.join(unknown)}")
+    if entry["method"] not in METHODS:
+        raise ValueError(f"method {entry['method']!r}: expected one of {', '.join(METHODS)}")
+    grid: dict[str, list[Any]] = entry.get("grid", {})
+    for model, attack, seed in itertools.product(entry["models"], entry["attacks"], entry["seeds"]):
+        suspect = _suspect(content, model, attack, int(seed), rows["suspect"])
+        for values in itertools.product(*grid.values()):
+            yield Cell(
+                group=str(entry["group"]),
+                suspect=suspect,
+                method=entry["method"],
+                budget=int(entry["budget"]),
+                held_out=float(entry.get("held_out", 0.2)),
+                settings={**entry.get("settings", {}), **dict(zip(grid, values, strict=True))},
+                points=_points(entry.get("points", EVERY_TENTH)),
+                report=_points(entry.get("report", ())),
+                retune=_points(entry.get("retune", ())),
+                retuning=dict(content["models"][model].get("retuning", {})),
+                rows=rows,
+            )
+
+
+def _suspect(content: Mapping[str, Any], model: str, attack: str, seed: int, rows: tuple[int, int]) -> SuspectPlan:
+    for kind, name in (("models", model), ("attacks", attack)):
+        if name not in content[kind]:
+            raise ValueError(f"{name!r} is none of the {kind}: {', '.join(content[kind])}")
+    architecture, poisoning = content["models"][model], content["attacks"][attack]
+    trigger_from_dict(poisoning["trigger"])  # complains of an unknown one
+    return SuspectPlan(
+        model=model,
+        attack=attack,
+        seed=seed,
+        config=architecture["config"],
+        image_size=int(architecture["image_size"]),
+        trigger=poisoning["trigger"],
+        target_label=int(poisoning["target_label"]),
+        poison_rate=float(poisoning["poison_rate"]),
+        arguments=architecture.get("suspect", {}),
+        rows=rows,
+    )
+
+
+def _range(value: Any, name: str) -> tuple[int, int]:
+    first, last = (int(number) for number in value)
+    if not 0 <= first < last:
+        raise ValueError(f"rows of {name}, {value}: expected [first, last + 1]")
+    return first, last
+
+
+def _points(values: Any) -> tuple[float, ...]:
+    points = tuple(float(value) for value in values)
+    if outside := [point for point in points if not 0 <= point <= 1]:
+        raise ValueError(f"points {outside}: expected numbers from 0 to 1")
+    return points
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=vars)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]

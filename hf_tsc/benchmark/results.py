@@ -1,0 +1,227 @@
+"""Tables and pictures of the lines that a benchmark left.
+
+A line holds the points of whole paths. What is shown of them is the point that the method takes: t* of TSC, 1 (plain)
+for fine-tuning, and for interpolated fine-tuning the largest share of the fine-tuned model that loses at most
+`MAX_DROP` of the suspect's accuracy on the held-out images, which needs no trigger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from hf_tsc.benchmark.lines import Line
+from hf_tsc.metrics import defense_effectiveness
+
+MAX_DROP = 0.04
+COLOURS = {"TSC": "tab:blue", "interpolated": "tab:orange", "fine-tuning": "tab:red"}
+Measures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The point of a finished cell that a method takes, by one name of the method."""
+
+    method: str
+    line: Line
+    point: Measures
+
+    @property
+    def place(self) -> str:
+        """`report` where it was measured, else `select`."""
+        return "report" if "report" in self.point else "select"
+
+    def value(self, name: str) -> float | None:
+        """A measure by its column, a fraction; None where it was not measured."""
+        measured, before = self.point[self.place], self.line["before"][self.place]
+        if name == "DER":
+            return defense_effectiveness(
+                acc_before=before["accuracy"],
+                acc_after=measured["accuracy"],
+                asr_before=before["attack_success_rate"],
+                asr_after=measured["attack_success_rate"],
+            )
+        if name.startswith("re-tuned "):
+            return self.point.get("retuned", {}).get(MEASURES[name.removeprefix("re-tuned ")])
+        return measured[MEASURES[name]]
+
+
+MEASURES = {"ACC": "accuracy", "ASR": "attack_success_rate", "RA": "robust_accuracy"}
+COLUMNS = ("ACC", "ASR", "RA", "DER", "re-tuned ACC", "re-tuned ASR")
+
+
+def last_points(line: Line) -> list[Measures]:
+    """The points of a cell's last path."""
+    return line["paths"][-1]["points"]
+
+
+def taken_points(line: Line) -> list[Taken]:
+    """What a line has to say of each method; nothing where the method failed."""
+    if "error" in line:
+        return []
+    points, at = last_points(line), line["paths"][-1]["taken"]
+    own = next(point for point in points if point["t"] == at)
+    if line["method"] != "fine_tuning":
+        return [Taken("TSC", line, own)]
+    found = [Taken("fine-tuning", line, own)]
+    if (within := farthest_within(line)) is not None:
+        found.append(Taken("interpolated", line, within))
+    return found
+
+
+def farthest_within(line: Line, max_drop: float = MAX_DROP) -> Measures | None:
+    """The largest share of the fine-tuned model within the accuracy budget on the held-out images."""
+    lowest = line["before"]["held_out"]["score"] - max_drop - 1e-9
+    within = [point for point in last_points(line) if point["t"] > 0 and point["held_out"]["score"] >= lowest]
+    return max(within, key=lambda point: point["t"], default=None)
+
+
+def group_table(lines: Sequence[Line]) -> str:
+    """One row a model, attack, method and setting, in percent; several seeds as mean ± standard deviation."""
+    varying = _varying(lines)
+
+    def key(taken: Taken) -> tuple[Any, ...]:
+        settings = tuple((name, str(taken.line["settings"].get(name, "-"))) for name in varying)
+        return taken.line["model"], taken.line["attack"], taken.method, settings, taken.line["budget"]
+
+    rows = []
+    found = sorted((taken for line in lines for taken in taken_points(line)), key=lambda taken: str(key(taken)))
+    for (model, attack, method, settings, budget), several in groupby(found, key=key):
+        same = list(several)
+        points = ", ".join(sorted({f"{taken.point['t']:g}" for taken in same}))
+        shown = " ".join(f"{name}={value}" for name, value in settings if value != "-")
+        cells = [model, attack, str(budget), method, shown, points, str(len(same))]
+        rows.append([*cells, *(_percent([taken.value(column) for taken in same]) for column in COLUMNS)])
+    head = ["model", "attack", "images", "method", "settings", "point", "seeds", *COLUMNS]
+    return markdown(head, rows)
+
+
+def suspect_table(lines: Iterable[Line]) -> str:
+    """The suspects, on the images of `report`."""
+    by_suspect = {line["suspect"]: line for line in lines}
+    rows = []
+    for _, line in sorted(by_suspect.items()):
+        measured = line["before"]["report"]
+        names = [line["model"], line["attack"], str(line["seed"])]
+        rows.append([*names, *(_percent([measured[MEASURES[column]]]) for column in ("ACC", "ASR"))])
+    return markdown(["model", "attack", "seed", "ACC", "ASR"], rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the columns that hold numbers are set to the right."""
+
+    def is_number(column: int) -> bool:
+        return all(row[column][:1].isdigit() or row[column] == "" for row in rows)
+
+    rule = ["---:" if rows and is_number(k) else "---" for k in range(len(head))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+
+
+def tables(lines: Sequence[Line]) -> str:
+    """Markdown with a table of suspects and one for every group."""
+    parts = [f"## Suspects\n\n{suspect_table(lines)}"]
+    for name in dict.fromkeys(line["group"] for line in lines):
+        group = [line for line in lines if line["group"] == name]
+        parts.append(f"## {name}\n\n{group_table(group)}")
+        failed = [f"- {line['id']}: {line['error']}" for line in group if "error" in line]
+        parts += ["\n".join(failed)] if failed else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _varying(lines: Sequence[Line]) -> list[str]:
+    """The names of settings whose values differ between the lines of one method."""
+    names: dict[str, None] = {}
+    for method in dict.fromkeys(line["method"] for line in lines):
+        settings = [line["settings"] for line in lines if line["method"] == method]
+        for name in dict.fromkeys(key for one in settings for key in one):
+            if len({str(one.get(name)) for one in settings}) > 1:
+                names[name] = None
+    return list(names)
+
+
+def _percent(values: Sequence[float | None]) -> str:
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{mean(known):.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")
+
+
+def plot_curves(line: Line) -> Figure:
+    """Clean accuracy and attack success rate along every path of a cell."""
+    paths = line["paths"]
+    figure = Figure(figsize=(4 * len(paths) + 1, 3.4), layout="constrained")
+    for number, path in enumerate(paths):
+        axes = figure.add_subplot(1, len(paths), number + 1)
+        ts = [point["t"] for point in path["points"]]
+        for label, name, style in (("clean accuracy", "accuracy", "-o"), ("ASR", "attack_success_rate", "-s")):
+            axes.plot(ts, [100 * point["select"][name] for point in path["points"]], style, markersize=3, label=label)
+        retuned = [point for point in path["points"] if "retuned" in point]
+        if retuned:
+            values = [100 * point["retuned"]["attack_success_rate"] for point in retuned]
+            axes.plot([point["t"] for point in retuned], values, "k^", markersize=5, label="ASR after re-tuning")
+        axes.axvline(path["taken"], color="grey", linewidth=0.8, linestyle=":")
+        axes.set(title=path["path"], xlabel="t", ylabel="%", ylim=(-2, 102))
+        axes.legend(fontsize=7)
+    figure.suptitle(f"{line['model']}, {line['attack']}, seed {line['seed']}: {line['method']}")
+    return figure
+
+
+def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
+    """Where methods stand between accuracy and attack success rate, before and after re-tuning.
+
+    TSC over t (up to the middle of a first curve, where both ends are backdoored), interpolated fine-tuning over its
+    share, each along its path, one line a cell; plain fine-tuning over learning rates as dots.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, place, name in ((left, None, "purified"), (right, "retuned", "after re-tuning with poisoned images")):
+        for line in lines:
+            if "error" not in line:
+                _plot_path(axes, line, place)
+        axes.set(xlabel="clean accuracy, %", title=name, ylim=(-3, 103))
+        axes.grid(alpha=0.3)
+    left.set(ylabel="attack success rate, %")
+    handles: dict[str, Any] = {}
+    for axes in (left, right):
+        drawn, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, drawn, strict=True))
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    return figure
+
+
+def _plot_path(axes: Any, line: Line, place: str | None) -> None:
+    tsc = line["method"] == "tsc"
+    single = tsc and len(line["paths"]) == 1
+    where = place or ("report" if any("report" in point for point in last_points(line)) else "select")
+    points = [p for p in last_points(line) if where in p and not (single and p["t"] > 0.5)]
+    xs = [100 * point[where]["accuracy"] for point in points]
+    ys = [100 * point[where]["attack_success_rate"] for point in points]
+    label = "TSC over t" if tsc else "interpolated fine-tuning over its share"
+    axes.plot(xs, ys, "-o", markersize=3, linewidth=1, color=COLOURS["TSC" if tsc else "interpolated"], label=label)
+    if not tsc and points and points[-1]["t"] == 1:
+        axes.plot(xs[-1:], ys[-1:], "o", color=COLOURS["fine-tuning"], label="fine-tuning", zorder=3)
+
+
+def write_results(lines: Sequence[Line], output: Path, say: Callable[[str], None] = print) -> None:
+    """Write `tables.md`, a frontier for every suspect and the curves of every purification that was reported."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "tables.md").write_text(tables(lines), encoding="utf-8")
+    for name, several in groupby(sorted(lines, key=_suspect_name), key=_suspect_name):
+        of_suspect = list(several)
+        plot_frontier(of_suspect, title=name.replace("-", ", ")).savefig(output / f"frontier-{name}.png", dpi=110)
+        for line in of_suspect:
+            if line["method"] == "tsc" and any("report" in point for point in last_points(line)):
+                plot_curves(line).savefig(output / f"curves-{name}-{line['id']}.png", dpi=110)
+    say(f"tables.md and pictures are in {output}")
+
+
+def _suspect_name(line: Line) -> str:
+    return f"{line['model']}-{line['attack']}-{line['seed']}"
