@@ -24,7 +24,7 @@ from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.benchmark.plan import Plan
 from hf_tsc.benchmark.results import write_results
-from hf_tsc.benchmark.runner import cells_to_run, lines_of, run_plan
+from hf_tsc.benchmark.runner import cells_to_run, check_processes, lines_of, run_plan
 from hf_tsc.data import ImageData
 from hf_tsc.demo import DEMO_MODELS, run_demo
 from hf_tsc.derive import example_inputs, image_size, verify
@@ -368,6 +368,7 @@ def benchmark_command(argv: Sequence[str]) -> None:
     data_args, args, rest = _parse(parser, argv)
     plan, images = Plan.read(Path(rest.plan)), BenchmarkImages(data_args, args.test_split)
     results, cache = Path(args.results), Path(args.cache_dir)
+    check_processes(args.processes)
     if args.dry_run:
         lines = lines_of(images, results)
         cells = cells_to_run(plan, lines, args.only)

@@ -79,6 +79,10 @@ def retune(
     generator = np.random.default_rng([seed, 1])
     drawn = np.sort(generator.choice(np.asarray(rows), retuning.images, replace=False))
     others = np.flatnonzero(labels[drawn] != attack.target_label)
+    if len(others) < retuning.poisoned:
+        raise UsageError(
+            f"re-tuning poisons {retuning.poisoned} images, and only {len(others)} drawn ones are of other classes"
+        )
     poisoned = generator.choice(others, retuning.poisoned, replace=False)
     dataset = pixel_dataset(
         data, drawn, pipeline, trigger=attack.trigger, triggered_indices=poisoned, relabel=attack.target_label

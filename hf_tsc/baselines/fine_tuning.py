@@ -12,11 +12,13 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_tsc.activations import Batch
 from hf_tsc.batch_norm import recompute_statistics
+from hf_tsc.errors import UsageError
 from hf_tsc.functional import tensors_of
-from hf_tsc.images import PixelDataset
+from hf_tsc.images import AUGMENTATIONS, PixelDataset
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import ImageClassification
 from hf_tsc.permutation import Params
+from hf_tsc.tsc_config import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,19 @@ class FineTuning:
     temperature: float = 2.0
     mixup_alpha: float = 0.0
     augmentation: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"objective={self.objective!r}: expected one of {', '.join(OBJECTIVES)}")
+        if self.augmentation not in AUGMENTATIONS:
+            raise UsageError(f"augmentation={self.augmentation!r}: expected one of {', '.join(AUGMENTATIONS)}")
+        for name in ("steps", "batch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)!r}: expected a whole number of 1 or more")
+        for name in ("learning_rate", "weight_decay", "temperature", "mixup_alpha"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value >= 0:
+                raise UsageError(f"{name}={value!r}: expected a number of 0 or more")
 
 
 def fine_tune(
@@ -76,6 +91,7 @@ def fine_tune(
             remove_unused_columns=False,
             save_strategy="no",
             logging_strategy="no",
+            logging_nan_inf_filter=False,
             report_to="none",
             disable_tqdm=True,
             seed=seed,

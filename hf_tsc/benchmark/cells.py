@@ -18,7 +18,7 @@ from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
 from hf_tsc.benchmark.methods import METHODS, Point, Task
 from hf_tsc.benchmark.plan import Cell
 from hf_tsc.benchmark.suspects import attack_of, load
-from hf_tsc.errors import PurificationError
+from hf_tsc.errors import AccuracyBudgetError, PurificationError
 from hf_tsc.evaluation import Evaluator
 from hf_tsc.functional import call_at
 from hf_tsc.images import ImagePipeline, PixelDataset, collate, pixel_dataset
@@ -35,8 +35,8 @@ def run_cell(cell: Cell, images: BenchmarkImages, cache: Path) -> dict[str, Any]
 
     Returns:
         The line of results: the cell, the suspect's measures, a list of `paths` with their measured points, the
-        seconds of the method and of the whole, gradient evaluations and versions. A method that failed by a loss that
-        is not finite leaves `error` in place of `paths`.
+        seconds of the method and of the whole, gradient evaluations and versions. A method that failed, by a loss that
+        is not finite or for its accuracy budget, leaves `error` in place of `paths`.
     """
     started = time.monotonic()
     set_seed(cell.seed)
@@ -55,7 +55,7 @@ def run_cell(cell: Cell, images: BenchmarkImages, cache: Path) -> dict[str, Any]
     start = time.monotonic()
     try:
         outcome = METHODS[cell.method](bench.task, cell.settings, visit)
-    except PurificationError as error:
+    except (PurificationError, AccuracyBudgetError) as error:
         line["error"] = str(error)
     else:
         line |= {"paths": paths, **asdict(outcome)}

@@ -24,7 +24,7 @@ def read_lines(file: Path) -> list[Line]:
     if not file.is_file():
         return []
     lines = []
-    for number, text in enumerate(_whole(file.read_bytes()).decode().splitlines(), start=1):
+    for number, text in enumerate(_whole(file.read_bytes()).splitlines(), start=1):
         try:
             line = json.loads(text)
             line["id"]

@@ -27,6 +27,7 @@ from hf_tsc.permutation import Params
 from hf_tsc.tsc_config import TSCConfig, reported_arguments
 from hf_tsc.tsc_trainer import TSCTrainer
 
+PERMUTATIONS = ("matched", "identity", "random")
 Point = Callable[[float], Params]
 # called with a path's name, whether it is the last one, its points, and the point that is taken
 Visit = Callable[[str, bool, Point, float], None]
@@ -51,11 +52,31 @@ class Outcome:
     arguments: dict[str, Any]
 
 
+def check_settings(method: str, settings: dict[str, Any]) -> None:
+    """Raises UsageError where a method would refuse its settings."""
+    if method == "fine_tuning":
+        _fine_tuning(settings)
+        return
+    options = dict(settings)
+    if (permutation := options.pop("permutation", PERMUTATIONS[0])) not in PERMUTATIONS:
+        raise UsageError(f"permutation={permutation!r}: expected one of {', '.join(PERMUTATIONS)}")
+    if unknown := sorted(set(options) - set(TSCConfig.__dataclass_fields__)):
+        raise UsageError(f"tsc has no setting(s) {', '.join(unknown)}")
+    TSCConfig(output_dir="unused", use_cpu=True, **options)
+
+
+def _fine_tuning(settings: dict[str, Any]) -> FineTuning:
+    known = {entry.name: entry for entry in fields(FineTuning)}
+    if unknown := sorted(set(settings) - set(known)):
+        raise UsageError(f"fine_tuning has no setting(s) {', '.join(unknown)}")
+    if missing := [name for name in ("steps", "learning_rate") if name not in settings]:
+        raise UsageError(f"fine_tuning needs the setting(s) {', '.join(missing)}")
+    return FineTuning(**settings)
+
+
 def run_fine_tuning(task: Task, settings: dict[str, Any], visit: Visit) -> Outcome:
     """Fine-tune, and visit the line back to the suspect."""
-    if unknown := sorted(set(settings) - {entry.name for entry in fields(FineTuning)}):
-        raise UsageError(f"fine_tuning has no setting(s) {', '.join(unknown)}")
-    chosen = FineTuning(**settings)
+    chosen = _fine_tuning(settings)
     tuned = fine_tune(task.suspect, task.train, chosen, seed=task.seed, use_cpu=True)
     visit("interpolation", True, lambda alpha: interpolate(task.suspect, tuned, alpha, _clean_batches(task)), 1.0)
     return Outcome(chosen.steps, asdict(chosen))
@@ -63,8 +84,9 @@ def run_fine_tuning(task: Task, settings: dict[str, Any], visit: Visit) -> Outco
 
 def run_tsc(task: Task, settings: dict[str, Any], visit: Visit) -> Outcome:
     """Purify, and visit every curve."""
+    check_settings("tsc", settings)
     options = dict(settings)
-    permutation = options.pop("permutation", "matched")
+    permutation = options.pop("permutation", PERMUTATIONS[0])
     with tempfile.TemporaryDirectory() as folder:
         if "max_accuracy_drop" not in options:
             options.setdefault("sweep_points", 3)  # the trainer's own sweep is not needed
@@ -121,6 +143,6 @@ class _VisitingTrainer(TSCTrainer):
 
 
 def _clean_batches(task: Task) -> Iterator[Batch]:
-    loader: Any = DataLoader(task.train, batch_size=128, collate_fn=collate, shuffle=False)
+    loader: Any = DataLoader(task.train, batch_size=128, collate_fn=collate, generator=torch.Generator())
     for batch in loader:
         yield {"pixel_values": task.train.pipeline.model_input(batch["pixels"])}

@@ -43,11 +43,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
+from hf_tsc.benchmark.methods import METHODS, check_settings
 from hf_tsc.errors import UsageError
+from hf_tsc.retuning import Retuning
+from hf_tsc.suspects import SuspectConfig
 from hf_tsc.triggers import trigger_from_dict
 
-METHODS = ("fine_tuning", "tsc")
 ROWS = ("suspect", "clean", "select", "report")
 EVERY_TENTH = tuple(k / 10 for k in range(11))
 
@@ -141,18 +145,27 @@ class Plan:
         """
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UsageError(f"{file}: expected a benchmark plan in YAML ({error})") from error
         try:
             return cls.from_dict(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (UsageError, KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise UsageError(f"{file}: {what}; see hf_tsc/benchmark/plan.py for what a plan holds") from error
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
         """A plan from the content of its file; raises as `read` does, or KeyError where something is missing."""
+        if not isinstance(content, Mapping):
+            raise ValueError("expected rows, models, attacks and cells")
         rows = {name: _range(content["rows"][name], name) for name in ROWS}
+        for one, other in (("suspect", "clean"), ("select", "report")):
+            if max(rows[one][0], rows[other][0]) < min(rows[one][1], rows[other][1]):
+                raise ValueError(f"rows of {one} and {other} overlap")
+        for name, architecture in content["models"].items():
+            _check_keys(architecture, {"config", "image_size", "suspect", "retuning"}, f"model {name}")
+        for name, attack in content["attacks"].items():
+            _check_keys(attack, {"trigger", "target_label", "poison_rate"}, f"attack {name}")
         cells = [cell for entry in content["cells"] for cell in _cells(entry, content, rows)]
         seen: dict[str, Cell] = {}
         for cell in cells:
@@ -165,15 +178,14 @@ class Plan:
 def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str, tuple[int, int]]) -> Iterator[Cell]:
     known = {"group", "models", "attacks", "seeds", "budget", "held_out", "method", "settings", "grid", "points",
              "report", "retune"}  # fmt: skip
-    if unknown := sorted(set(entry) - known):
-        raise ValueError(f"a group of cells has the unknown key(s) {', '.join(unknown)}")
+    _check_keys(entry, known, "a group of cells")
     if entry["method"] not in METHODS:
         raise ValueError(f"method {entry['method']!r}: expected one of {', '.join(METHODS)}")
     grid: dict[str, list[Any]] = entry.get("grid", {})
     for model, attack, seed in itertools.product(entry["models"], entry["attacks"], entry["seeds"]):
         suspect = _suspect(content, model, attack, int(seed), rows["suspect"])
         for values in itertools.product(*grid.values()):
-            yield Cell(
+            cell = Cell(
                 group=str(entry["group"]),
                 suspect=suspect,
                 method=entry["method"],
@@ -186,6 +198,26 @@ def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str,
                 retuning=dict(content["models"][model].get("retuning", {})),
                 rows=rows,
             )
+            _check(cell)
+            yield cell
+
+
+def _check(cell: Cell) -> None:
+    """What would otherwise be found out when a suspect is trained, or a method has run."""
+    first, last = cell.rows["clean"]
+    if not 0 < cell.budget <= last - first:
+        raise ValueError(f"budget {cell.budget}: the rows of clean are {last - first} images")
+    if not 0 < cell.held_out < 1:
+        raise ValueError(f"held_out {cell.held_out}: expected a share between 0 and 1")
+    first, last = cell.suspect.rows
+    if cell.retune and Retuning(**cell.retuning).images > last - first:
+        raise ValueError(f"re-tuning draws {Retuning(**cell.retuning).images} of the {last - first} rows of suspect")
+    check_settings(cell.method, cell.settings)
+
+
+def _check_keys(content: Mapping[str, Any], known: set[str], what: str) -> None:
+    if unknown := sorted(set(content) - known):
+        raise ValueError(f"{what} has the unknown key(s) {', '.join(unknown)}")
 
 
 def _suspect(content: Mapping[str, Any], model: str, attack: str, seed: int, rows: tuple[int, int]) -> SuspectPlan:
@@ -193,7 +225,10 @@ def _suspect(content: Mapping[str, Any], model: str, attack: str, seed: int, row
         if name not in content[kind]:
             raise ValueError(f"{name!r} is none of the {kind}: {', '.join(content[kind])}")
     architecture, poisoning = content["models"][model], content["attacks"][attack]
-    trigger_from_dict(poisoning["trigger"])  # complains of an unknown one
+    trigger_from_dict(poisoning["trigger"])  # each complains of what it does not know
+    AutoConfig.for_model(**architecture["config"])
+    SuspectConfig(output_dir="unused", use_cpu=True, **architecture.get("suspect", {}))
+    Retuning(**architecture.get("retuning", {}))
     return SuspectPlan(
         model=model,
         attack=attack,

@@ -37,6 +37,12 @@ class Progress:
     failed: list[str] = field(default_factory=list)
 
 
+def check_processes(processes: int) -> None:
+    """Raises UsageError."""
+    if processes < 1:
+        raise UsageError(f"processes={processes}: expected 1 or more")
+
+
 def cells_to_run(plan: Plan, lines: Iterable[Line], only: Sequence[str] = ()) -> list[Cell]:
     """The cells without a line; `only` keeps those whose description contains all of these words."""
     done = {line["id"] for line in lines}
@@ -50,7 +56,7 @@ def lines_of(images: BenchmarkImages, results: Path) -> list[Line]:
         UsageError: they are of other images.
     """
     lines = read_lines(results)
-    if others := [line["id"] for line in lines if line["images"] != images.hash]:
+    if others := [line["id"] for line in lines if line.get("images") != images.hash]:
         raise UsageError(f"{results} has results on other images ({others[0]}): give another file")
     return lines
 
@@ -82,14 +88,13 @@ def run_plan(
         UsageError: the dataset does not have the plan's rows, or another run writes these results.
         PurificationError: a worker process was killed.
     """
-    if processes < 1:
-        raise UsageError(f"processes={processes}: expected 1 or more")
+    check_processes(processes)
     progress = Progress()
     cache = cache / images.hash
+    for cell in cells_to_run(plan, lines_of(images, results), only):
+        images.check(cell)
     with open_lines(results) as file:
         waiting = cells_to_run(plan, lines_of(images, results), only)
-        for cell in waiting:
-            images.check(cell)
         _remove_left_over(cache)
         with (
             ProcessPoolExecutor(processes, get_context("spawn"), _prepare_process) as pool,

@@ -14,7 +14,7 @@ from hf_tsc.benchmark.plan import SuspectPlan
 from hf_tsc.evaluation import Attack
 from hf_tsc.folders import write_json
 from hf_tsc.hub import load_model, resolve_model
-from hf_tsc.suspects import SuspectConfig, train_suspect
+from hf_tsc.suspects import RECORD, SuspectConfig, train_suspect
 from hf_tsc.triggers import trigger_from_dict
 
 TIMES = "times.json"
@@ -26,7 +26,7 @@ def suspect_folder(plan: SuspectPlan, cache: Path) -> Path:
 
 
 def is_trained(plan: SuspectPlan, cache: Path) -> bool:
-    return (suspect_folder(plan, cache) / TIMES).is_file()
+    return (suspect_folder(plan, cache) / RECORD).is_file()  # the folder appears as a whole
 
 
 def attack_of(plan: SuspectPlan) -> Attack:

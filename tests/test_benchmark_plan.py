@@ -1,0 +1,283 @@
+"""Plans: which cells a file makes, what their ids depend on, and one clear error for every wrong file."""
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_tsc.benchmark.plan import EVERY_TENTH, METHODS, Plan
+from hf_tsc.errors import UsageError
+
+GROUP = {
+    "group": "rates",
+    "models": ["resnet"],
+    "attacks": ["badnets"],
+    "seeds": [0],
+    "budget": 50,
+    "method": "fine_tuning",
+    "settings": {"steps": 3, "learning_rate": 0.1},
+}
+CONTENT = {
+    "rows": {"suspect": [0, 100], "clean": [100, 200], "select": [0, 50], "report": [50, 90]},
+    "models": {
+        "resnet": {
+            "config": {"model_type": "resnet", "depths": [1, 1]},
+            "image_size": 8,
+            "suspect": {"num_train_epochs": 1},
+            "retuning": {"images": 50, "learning_rate": 0.01},
+        },
+        "vit": {"config": {"model_type": "vit"}, "image_size": 8},
+    },
+    "attacks": {
+        "badnets": {"trigger": {"name": "badnets"}, "target_label": 0, "poison_rate": 0.1},
+        "clean": {"trigger": {"name": "badnets"}, "target_label": 0, "poison_rate": 0},
+    },
+    "cells": [GROUP],
+}
+MODEL, ATTACK, CELLS = ("models", "resnet"), ("attacks", "badnets"), ("cells", 0)
+LEFT_OUT = object()
+
+
+def changed(*changes):
+    """The plan with some values replaced or left out; each change is a path of keys and a value."""
+    content = copy.deepcopy(CONTENT)
+    for path, value in changes:
+        place = content
+        for key in path[:-1]:
+            place = place[key]
+        if value is LEFT_OUT:
+            del place[path[-1]]
+        else:
+            place[path[-1]] = value
+    return content
+
+
+def plan(*changes) -> Plan:
+    return Plan.from_dict(changed(*changes))
+
+
+def groups(*changes) -> Plan:
+    """A plan of several groups, each with some keys changed."""
+    return plan((("cells",), [{**GROUP, **change} for change in changes]))
+
+
+def cell(*changes):
+    (only,) = plan(*changes).cells
+    return only
+
+
+class TestCells:
+    def test_are_the_product(self):
+        names = {"models": ["resnet", "vit"], "attacks": ["clean", "badnets"], "seeds": [4, 2]}
+        grid = {"learning_rate": [0.3, 0.2, 0.1], "objective": ["distillation", "cross_entropy"]}
+        cells = groups({**names, "grid": grid}).cells
+        found = [
+            (c.suspect.model, c.suspect.attack, c.seed, c.settings["learning_rate"], c.settings["objective"])
+            for c in cells
+        ]
+        assert found == list(itertools.product(*names.values(), *grid.values()))
+        assert {c.settings["steps"] for c in cells} == {3}
+        assert len({c.id for c in cells}) == len(cells) == 48
+
+    def test_say_what_the_file_says(self):
+        only = cell((CELLS, {**GROUP, "points": [0, 1], "report": [0.5], "retune": [1], "held_out": 0.5}))
+        assert (only.group, only.method, only.budget, only.held_out) == ("rates", "fine_tuning", 50, 0.5)
+        assert (only.points, only.report, only.retune) == ((0.0, 1.0), (0.5,), (1.0,))
+        assert only.rows == {"suspect": (0, 100), "clean": (100, 200), "select": (0, 50), "report": (50, 90)}
+        assert only.settings == GROUP["settings"]
+        assert only.retuning == {"images": 50, "learning_rate": 0.01}
+        suspect = only.suspect
+        assert (suspect.model, suspect.attack, suspect.seed, suspect.rows) == ("resnet", "badnets", 0, (0, 100))
+        assert (suspect.config, suspect.image_size) == (CONTENT["models"]["resnet"]["config"], 8)
+        assert suspect.arguments == {"num_train_epochs": 1}
+        assert (suspect.trigger, suspect.target_label, suspect.poison_rate) == ({"name": "badnets"}, 0, 0.1)
+
+    def test_defaults(self):
+        (only,) = groups({"models": ["vit"]}).cells
+        assert (only.points, only.report, only.retune, only.held_out) == (EVERY_TENTH, (), (), 0.2)
+        assert EVERY_TENTH == (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+        assert (only.retuning, only.suspect.arguments) == ({}, {})
+
+    def test_description(self):
+        only = cell()
+        names = {"model": "resnet", "attack": "badnets", "seed": 0, "suspect": only.suspect.id}
+        assert only.describe() == {
+            "id": only.id,
+            "group": "rates",
+            **names,
+            "budget": 50,
+            "held_out": 0.2,
+            "method": "fine_tuning",
+            "settings": GROUP["settings"],
+        }
+        assert str(only) == f"{only.id} rates resnet/badnets/0 fine_tuning steps=3 learning_rate=0.1"
+
+    def test_suspects_once_each_in_the_order_of_cells(self):
+        made = groups({"seeds": [1, 0]}, {"method": "tsc", "settings": {}, "seeds": [0, 2]})
+        assert [suspect.seed for suspect in made.suspects] == [1, 0, 2]
+
+
+class TestIds:
+    def test_stay_what_they_are(self):
+        """Results and suspects of earlier runs are found by them: in another process, on another machine."""
+        assert (cell().id, cell().suspect.id) == ("52feed37c4", "resnet-badnets-0-edd2fbcfd3")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            ((*CELLS, "group"), "another name"),
+            (("cells", 0, "settings"), {"learning_rate": 0.1, "steps": 3}),
+            (("cells", 0, "points"), list(EVERY_TENTH)),
+            (("cells", 0, "held_out"), 0.2),
+            (("cells", 0, "grid"), {"learning_rate": [0.1]}),
+            (("models", "vit", "image_size"), 16),
+        ],
+        ids=["group", "order of keys", "points as they are", "held_out as it is", "grid of one", "another model"],
+    )
+    def test_are_the_same(self, change):
+        assert cell(change).id == cell().id
+
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [
+            ((*CELLS, "settings", "learning_rate"), 0.2),
+            ((*CELLS, "settings", "objective"), "distillation"),
+            ((*CELLS, "seeds"), [1]),
+            ((*CELLS, "budget"), 51),
+            ((*CELLS, "held_out"), 0.3),
+            (CELLS, {**GROUP, "method": "tsc", "settings": {"learning_rate": 0.1}}),
+            ((*CELLS, "points"), [0.5]),
+            ((*CELLS, "report"), [0.5]),
+            ((*CELLS, "retune"), [0.5]),
+            ((*MODEL, "retuning", "learning_rate"), 0.02),
+            (("rows", "clean"), [100, 201]),
+            (("rows", "select"), [0, 49]),
+            (("rows", "report"), [51, 90]),
+        ],
+        ids=lambda value: str(value) if isinstance(value, tuple) else "",
+    )
+    def test_of_a_cell_alone(self, path, value):
+        assert cell((path, value)).id != cell().id
+        if path[-1] != "seeds":
+            assert cell((path, value)).suspect.id == cell().suspect.id
+
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [
+            ((*CELLS, "seeds"), [1]),
+            ((*MODEL, "config", "depths"), [1, 2]),
+            ((*MODEL, "image_size"), 16),
+            ((*MODEL, "suspect", "num_train_epochs"), 2),
+            ((*ATTACK, "trigger"), {"name": "blended"}),
+            ((*ATTACK, "trigger"), {"name": "blended", "alpha": 0.1}),
+            ((*ATTACK, "target_label"), 1),
+            ((*ATTACK, "poison_rate"), 0.2),
+            (("rows", "suspect"), [0, 99]),
+        ],
+        ids=lambda value: str(value) if isinstance(value, tuple) else "",
+    )
+    def test_of_a_suspect_and_its_cells(self, path, value):
+        assert cell((path, value)).suspect.id != cell().suspect.id
+        assert cell((path, value)).id != cell().id
+
+
+def write(folder: Path, content: object) -> Path:
+    file = folder / "plan.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return file
+
+
+class TestRead:
+    def test_is_that_of_its_content(self, tmp_path):
+        assert Plan.read(write(tmp_path, CONTENT)) == Plan.from_dict(CONTENT)
+
+    def test_the_recipe(self):
+        made = Plan.read(Path(__file__).parents[1] / "recipes" / "cifar10" / "plan.yaml")
+        assert {cell.method for cell in made.cells} == set(METHODS)
+        assert {cell.suspect.model for cell in made.cells} >= {"resnet"}
+        first = made.cells[0].rows
+        assert first["suspect"][1] <= first["clean"][0]  # nothing that a suspect was trained on is called clean
+        assert first["select"][1] <= first["report"][0]
+
+
+class TestRefused:
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(UsageError, match=r"nope\.yaml: expected a benchmark plan in YAML"):
+            Plan.read(tmp_path / "nope.yaml")
+
+    def test_bad_yaml(self, tmp_path):
+        with pytest.raises(UsageError, match=r"(?s)plan\.yaml: expected a benchmark plan in YAML .*line 1"):
+            Plan.read(write(tmp_path, "rows: {suspect: [0, 1}"))
+
+    def test_no_text(self, tmp_path):
+        file = tmp_path / "plan.yaml"
+        file.write_bytes(b"rows: \xff")
+        with pytest.raises(UsageError, match=r"plan\.yaml: expected a benchmark plan in YAML"):
+            Plan.read(file)
+
+    @pytest.mark.parametrize("content", ["", "- 1", "rows", "3"])
+    def test_no_plan(self, tmp_path, content):
+        with pytest.raises(UsageError, match=r"plan\.yaml: .*see hf_tsc/benchmark/plan\.py"):
+            Plan.read(write(tmp_path, content))
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            *[(key,) for key in CONTENT],
+            *[("rows", name) for name in CONTENT["rows"]],
+            *[(*CELLS, key) for key in GROUP if key != "settings"],
+            *[(*MODEL, key) for key in ("config", "image_size")],
+            *[(*ATTACK, key) for key in ("trigger", "target_label", "poison_rate")],
+        ],
+        ids=str,
+    )
+    def test_missing_key(self, tmp_path, path):
+        with pytest.raises(UsageError, match=rf"plan\.yaml: '{path[-1]}' is missing; see"):
+            Plan.read(write(tmp_path, changed((path, LEFT_OUT))))
+
+    @pytest.mark.parametrize(
+        ("path", "value", "message"),
+        [
+            ((*CELLS, "point"), [0.5], "unknown key.s. point"),
+            ((*CELLS, "method"), "magic", "method 'magic': expected one of fine_tuning, tsc"),
+            ((*CELLS, "models"), ["resnet", "bert"], "'bert' is none of the models: resnet, vit"),
+            ((*CELLS, "attacks"), ["wanet"], "'wanet' is none of the attacks: badnets, clean"),
+            ((*CELLS, "points"), [0.5, 1.5, -0.1], r"points \[1\.5, -0\.1\]: expected numbers from 0 to 1"),
+            ((*CELLS, "report"), [2], r"points \[2\.0\]: expected numbers"),
+            ((*CELLS, "retune"), [-1], r"points \[-1\.0\]: expected numbers"),
+            ((*CELLS, "budget"), "many", "'many'"),
+            (("rows", "clean"), [200, 100], r"rows of clean, \[200, 100\]: expected \[first, last \+ 1\]"),
+            (("rows", "report"), [50, 50], r"rows of report, \[50, 50\]: expected"),
+            (("rows", "select"), [-1, 50], r"rows of select, \[-1, 50\]: expected"),
+            ((*ATTACK, "target_label"), "cat", "'cat'"),
+        ],
+        ids=lambda value: str(value) if isinstance(value, tuple) else "",
+    )
+    def test_wrong_value(self, tmp_path, path, value, message):
+        with pytest.raises(UsageError, match=rf"plan\.yaml: .*{message}"):
+            Plan.read(write(tmp_path, changed((path, value))))
+
+    @pytest.mark.parametrize(
+        ("trigger", "message"), [({"name": "wanet"}, "trigger name 'wanet'"), ({"name": "badnets", "size": 3}, "size")]
+    )
+    def test_trigger(self, tmp_path, trigger, message):
+        with pytest.raises(UsageError, match=message):
+            Plan.read(write(tmp_path, changed(((*ATTACK, "trigger"), trigger))))
+
+    @pytest.mark.parametrize(
+        "twice",
+        [
+            [{"seeds": [0, 0]}],
+            [{"grid": {"steps": [2, 2]}}],
+            [{}, {"group": "again"}],
+            [{"group": "again", "grid": {"steps": [2, 3]}}, {"group": "rates"}],
+        ],
+        ids=str,
+    )
+    def test_the_same_cell_twice(self, tmp_path, twice):
+        content = changed((("cells",), [{**GROUP, **change} for change in twice]))
+        first, last = (content["cells"][place]["group"] for place in (0, -1))
+        with pytest.raises(UsageError, match=rf"the same cell twice: \w+ {last} resnet/badnets/0 .* in group {first}"):
+            Plan.read(write(tmp_path, content))
