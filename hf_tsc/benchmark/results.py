@@ -1,8 +1,9 @@
 """Tables and pictures of the lines that a benchmark left.
 
 A line holds the points of whole paths. What is shown of them is the point that the method takes: t* of TSC, 1 (plain)
-for fine-tuning, and for interpolated fine-tuning the largest share of the fine-tuned model that loses at most
-`MAX_DROP` of the suspect's accuracy on the held-out images, which needs no trigger.
+for fine-tuning; and, as "within budget", the one farthest from the suspect that loses at most `MAX_DROP` of its
+accuracy on the held-out images, which needs no trigger: of a curve as `max_accuracy_drop` would choose it, of
+fine-tuning the largest share of the fine-tuned model (interpolated fine-tuning).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from hf_tsc.benchmark.lines import Line
+from hf_tsc.benchmark.methods import METHODS
 from hf_tsc.metrics import defense_effectiveness
 
 MAX_DROP = 0.04
@@ -67,38 +69,46 @@ def taken_points(line: Line) -> list[Taken]:
         return []
     points, at = last_points(line), line["paths"][-1]["taken"]
     own = next(point for point in points if point["t"] == at)
-    if line["method"] != "fine_tuning":
-        return [Taken("TSC", line, own)]
-    found = [Taken("fine-tuning", line, own)]
-    if (within := farthest_within(line)) is not None:
-        found.append(Taken("interpolated", line, within))
-    return found
+    names = ("fine-tuning", "interpolated") if line["method"] == "fine_tuning" else ("TSC", "TSC within budget")
+    within = farthest_within(line)
+    return [Taken(names[0], line, own), *([Taken(names[1], line, within)] if within is not None else [])]
 
 
 def farthest_within(line: Line, max_drop: float = MAX_DROP) -> Measures | None:
-    """The largest share of the fine-tuned model within the accuracy budget on the held-out images."""
+    """The point within the accuracy budget on the held-out images that is farthest from the backdoored ends."""
     lowest = line["before"]["held_out"]["score"] - max_drop - 1e-9
-    within = [point for point in last_points(line) if point["t"] > 0 and point["held_out"]["score"] >= lowest]
-    return max(within, key=lambda point: point["t"], default=None)
+    both_ends = is_first_curve(line)
+    inner = [p for p in last_points(line) if 0 < p["t"] < 1 or (p["t"] == 1 and line["method"] == "fine_tuning")]
+    within = [point for point in inner if point["held_out"]["score"] >= lowest]
+    return max(within, key=lambda p: min(p["t"], 1 - p["t"]) if both_ends else p["t"], default=None)
+
+
+def is_first_curve(line: Line) -> bool:
+    """Whether the last path is a curve between the model and its copy, with a backdoor at either end."""
+    return line["method"] == "tsc" and line["paths"][-1]["path"].endswith("curve 1")
 
 
 def group_table(lines: Sequence[Line]) -> str:
-    """One row a model, attack, method and setting, in percent; several seeds as mean ± standard deviation."""
-    varying = _varying(lines)
+    """One row an attack, method and setting, in percent; several seeds as mean ± standard deviation.
+
+    Settings that all lines of a method share are left out.
+    """
+    varying = {method: _varying([line for line in lines if line["method"] == method]) for method in METHODS}
 
     def key(taken: Taken) -> tuple[Any, ...]:
-        settings = tuple((name, str(taken.line["settings"].get(name, "-"))) for name in varying)
-        return taken.line["model"], taken.line["attack"], taken.method, settings, taken.line["budget"]
+        names = varying[taken.line["method"]]
+        settings = tuple((name, _short(taken.line["settings"].get(name))) for name in names)
+        return taken.line["attack"], taken.line["budget"], settings, taken.method
 
     rows = []
-    found = sorted((taken for line in lines for taken in taken_points(line)), key=lambda taken: str(key(taken)))
-    for (model, attack, method, settings, budget), several in groupby(found, key=key):
+    found = sorted((taken for line in lines for taken in taken_points(line)), key=key)
+    for (attack, budget, settings, method), several in groupby(found, key=key):
         same = list(several)
         points = ", ".join(sorted({f"{taken.point['t']:g}" for taken in same}))
-        shown = " ".join(f"{name}={value}" for name, value in settings if value != "-")
-        cells = [model, attack, str(budget), method, shown, points, str(len(same))]
+        shown = ", ".join(f"{name} {value}" for name, value in settings if value)
+        cells = [attack, str(budget), method, shown, points, str(len(same))]
         rows.append([*cells, *(_percent([taken.value(column) for taken in same]) for column in COLUMNS)])
-    head = ["model", "attack", "images", "method", "settings", "point", "seeds", *COLUMNS]
+    head = ["attack", "images", "method", "settings", "point", "seeds", *COLUMNS]
     return markdown(head, rows)
 
 
@@ -127,22 +137,25 @@ def tables(lines: Sequence[Line]) -> str:
     """Markdown with a table of suspects and one for every group."""
     parts = [f"## Suspects\n\n{suspect_table(lines)}"]
     for name in dict.fromkeys(line["group"] for line in lines):
-        group = [line for line in lines if line["group"] == name]
-        parts.append(f"## {name}\n\n{group_table(group)}")
-        failed = [f"- {line['id']}: {line['error']}" for line in group if "error" in line]
-        parts += ["\n".join(failed)] if failed else []
+        for model in sorted({line["model"] for line in lines}):
+            group = [line for line in lines if (line["group"], line["model"]) == (name, model)]
+            parts += [f"## {name}: {model}\n\n{group_table(group)}"] if group else []
+            failed = [f"- {line['id']}: {line['error']}" for line in group if "error" in line]
+            parts += ["\n".join(failed)] if failed else []
     return "\n\n".join(parts) + "\n"
 
 
 def _varying(lines: Sequence[Line]) -> list[str]:
-    """The names of settings whose values differ between the lines of one method."""
-    names: dict[str, None] = {}
-    for method in dict.fromkeys(line["method"] for line in lines):
-        settings = [line["settings"] for line in lines if line["method"] == method]
-        for name in dict.fromkeys(key for one in settings for key in one):
-            if len({str(one.get(name)) for one in settings}) > 1:
-                names[name] = None
-    return list(names)
+    """The names of settings whose values differ between the lines."""
+    settings = [line["settings"] for line in lines]
+    names = dict.fromkeys(name for one in settings for name in one)
+    return [name for name in names if len({str(one.get(name)) for one in settings}) > 1]
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    return " ".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
 def _percent(values: Sequence[float | None]) -> str:
@@ -175,8 +188,8 @@ def plot_curves(line: Line) -> Figure:
 def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
     """Where methods stand between accuracy and attack success rate, before and after re-tuning.
 
-    TSC over t (up to the middle of a first curve, where both ends are backdoored), interpolated fine-tuning over its
-    share, each along its path, one line a cell; plain fine-tuning over learning rates as dots.
+    TSC over t (of a first curve both ends are backdoored), interpolated fine-tuning over its share, each along its
+    path, one line a cell; plain fine-tuning over learning rates as dots.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -199,9 +212,8 @@ def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
 
 def _plot_path(axes: Any, line: Line, place: str | None) -> None:
     tsc = line["method"] == "tsc"
-    single = tsc and len(line["paths"]) == 1
-    where = place or ("report" if any("report" in point for point in last_points(line)) else "select")
-    points = [p for p in last_points(line) if where in p and not (single and p["t"] > 0.5)]
+    where = place or ("report" if _is_reported(line) else "select")
+    points = [point for point in last_points(line) if where in point]
     xs = [100 * point[where]["accuracy"] for point in points]
     ys = [100 * point[where]["attack_success_rate"] for point in points]
     label = "TSC over t" if tsc else "interpolated fine-tuning over its share"
@@ -211,16 +223,23 @@ def _plot_path(axes: Any, line: Line, place: str | None) -> None:
 
 
 def write_results(lines: Sequence[Line], output: Path, say: Callable[[str], None] = print) -> None:
-    """Write `tables.md`, a frontier for every suspect and the curves of every purification that was reported."""
+    """Write `tables.md`, a frontier for every suspect (of what was reported, if anything was) and reported curves."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "tables.md").write_text(tables(lines), encoding="utf-8")
     for name, several in groupby(sorted(lines, key=_suspect_name), key=_suspect_name):
         of_suspect = list(several)
-        plot_frontier(of_suspect, title=name.replace("-", ", ")).savefig(output / f"frontier-{name}.png", dpi=110)
+        reported = [line for line in of_suspect if "error" not in line and _is_reported(line)]
+        plot_frontier(reported or of_suspect, title=name.replace("-", ", ")).savefig(
+            output / f"frontier-{name}.png", dpi=110
+        )
         for line in of_suspect:
-            if line["method"] == "tsc" and any("report" in point for point in last_points(line)):
+            if line["method"] == "tsc" and "error" not in line and _is_reported(line):
                 plot_curves(line).savefig(output / f"curves-{name}-{line['id']}.png", dpi=110)
     say(f"tables.md and pictures are in {output}")
+
+
+def _is_reported(line: Line) -> bool:
+    return any("report" in point for point in last_points(line))
 
 
 def _suspect_name(line: Line) -> str:

@@ -1,0 +1,163 @@
+"""Tables and pictures of results: which point stands for a method, and what a table says of it."""
+
+import json
+
+import pytest
+
+from hf_tsc.benchmark.results import (
+    farthest_within,
+    group_table,
+    markdown,
+    plot_curves,
+    plot_frontier,
+    suspect_table,
+    tables,
+    taken_points,
+)
+from hf_tsc.cli import main
+from hf_tsc.metrics import defense_effectiveness
+
+BEFORE = {"accuracy": 0.8, "attack_success_rate": 1.0, "robust_accuracy": 0.0}
+
+
+def measures(acc: float, asr: float) -> dict:
+    return {"n": 100, "accuracy": acc, "n_triggered": 90, "attack_success_rate": asr, "robust_accuracy": 1 - asr}
+
+
+def point(t: float, held_out: float, acc: float, asr: float, **more) -> dict:
+    return {"t": t, "held_out": {"loss": 1.0, "score": held_out}, "select": measures(acc, asr), **more}
+
+
+def line(method="tsc", *, seed=0, settings=None, points=None, taken=0.5, path="round 1, curve 1", **changes) -> dict:
+    """A line of results; by default a curve whose points lose accuracy towards its middle."""
+    curve = [point(0.0, 0.8, 0.8, 1.0), point(0.3, 0.78, 0.76, 0.3), point(0.5, 0.7, 0.68, 0.1)]
+    curve += [point(0.6, 0.77, 0.75, 0.2), point(1.0, 0.8, 0.8, 1.0)]
+    content = {
+        "id": f"{method}{seed}{settings}",
+        "group": "g",
+        "model": "resnet",
+        "attack": "badnets",
+        "seed": seed,
+        "suspect": f"resnet-badnets-{seed}-0",
+        "budget": 1400,
+        "method": method,
+        "settings": settings or {"learning_rate": 0.1},
+        "before": {"held_out": {"loss": 1.0, "score": 0.8}, "select": BEFORE, "report": {**BEFORE, "accuracy": 0.79}},
+        "paths": [{"path": path, "taken": taken, "points": points or curve}],
+    }
+    return {**content, **changes}
+
+
+def tuned(**changes) -> dict:
+    points = [point(0.0, 0.8, 0.8, 1.0), point(0.5, 0.77, 0.78, 0.4), point(1.0, 0.7, 0.7, 0.05)]
+    return line("fine_tuning", points=points, taken=1.0, path="interpolation", **changes)
+
+
+def rows_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+
+
+class TestPoints:
+    def test_of_a_first_curve(self):
+        """Within the budget of 4 points: 0.3 and 0.6; the latter is farther from both ends."""
+        own, within = taken_points(line())
+        assert (own.method, own.point["t"]) == ("TSC", 0.5)
+        assert (within.method, within.point["t"]) == ("TSC within budget", 0.6)
+
+    def test_of_a_second_curve(self):
+        """Only its start is backdoored."""
+        points = [
+            point(0.0, 0.8, 0.8, 1.0),
+            point(0.4, 0.78, 0.7, 0.5),
+            point(0.9, 0.77, 0.7, 0.1),
+            point(1, 0.8, 0.7, 0),
+        ]
+        assert farthest_within(line(points=points, path="round 1, curve 2"))["t"] == 0.9
+
+    def test_of_fine_tuning(self):
+        plain, interpolated = taken_points(tuned())
+        assert (plain.method, plain.point["t"]) == ("fine-tuning", 1.0)
+        assert (interpolated.method, interpolated.point["t"]) == ("interpolated", 0.5)
+
+    def test_fine_tuning_itself_may_be_within(self):
+        assert farthest_within(tuned(), max_drop=0.1)["t"] == 1.0
+
+    def test_nothing_within_the_budget(self):
+        assert farthest_within(line(), max_drop=-0.1) is None
+        assert [taken.method for taken in taken_points(line(points=[point(0.5, 0.1, 0.1, 0.1)]))] == ["TSC"]
+
+    def test_of_a_failure(self):
+        assert taken_points(line(error="the loss is nan")) == []
+
+
+class TestValues:
+    def test_are_of_report_where_it_was_measured(self):
+        reported = point(0.5, 0.7, 0.68, 0.1, report=measures(0.66, 0.2), retuned=measures(0.5, 0.9))
+        own = taken_points(line(points=[reported]))[0]
+        assert (own.value("ACC"), own.value("ASR"), own.value("RA")) == (0.66, 0.2, 0.8)
+        assert (own.value("re-tuned ACC"), own.value("re-tuned ASR")) == (0.5, 0.9)
+        expected = defense_effectiveness(acc_before=0.79, acc_after=0.66, asr_before=1.0, asr_after=0.2)
+        assert own.value("DER") == expected
+
+    def test_else_of_select(self):
+        own = taken_points(line())[0]
+        assert (own.value("ACC"), own.value("re-tuned ASR")) == (0.68, None)
+
+
+class TestTables:
+    def test_seeds_are_averaged(self):
+        other = line(seed=1, points=[point(0.5, 0.7, 0.72, 0.3)])
+        rows = rows_of(group_table([line(), other]))
+        assert rows[0][:8] == ["badnets", "1400", "TSC", "", "0.5", "2", "70.0 ± 2.8", "20.0 ± 14.1"]
+
+    def test_settings_that_differ_are_named(self):
+        lines = [line(settings={"learning_rate": rate, "move_spaces": ["hidden", "qk"]}) for rate in (0.1, 0.2)]
+        lines[1]["settings"]["move_spaces"] = ["hidden"]
+        found = {row[3] for row in rows_of(group_table(lines))}
+        assert found == {"learning_rate 0.1, move_spaces hidden qk", "learning_rate 0.2, move_spaces hidden"}
+
+    def test_of_suspects(self):
+        assert rows_of(suspect_table([line(), tuned(), line(seed=1)])) == [
+            ["resnet", "badnets", "0", "79.0", "100.0"],
+            ["resnet", "badnets", "1", "79.0", "100.0"],
+        ]
+
+    def test_numbers_are_set_to_the_right(self):
+        assert markdown(["a", "b"], [["x", "1.0"], ["y", ""]]).splitlines()[1] == "| --- | ---: |"
+
+    def test_failures_are_told(self):
+        text = tables([line(), line(error="the loss is nan", id="bad", settings={"learning_rate": 9})])
+        assert "- bad: the loss is nan" in text
+        assert "## g: resnet" in text
+
+
+class TestPictures:
+    def test_curves(self):
+        reached = point(0.5, 0.7, 0.68, 0.1, retuned=measures(0.5, 0.9))
+        (axes,) = plot_curves(line(points=[point(0.0, 0.8, 0.8, 1.0), reached])).axes
+        drawn = {one.get_label(): list(one.get_ydata()) for one in axes.get_lines()[:3]}
+        assert drawn == {"clean accuracy": [80, 68], "ASR": [100, 10], "ASR after re-tuning": [90]}
+
+    def test_frontier(self):
+        reached = point(0.5, 0.7, 0.68, 0.1, retuned=measures(0.5, 0.9))
+        left, right = plot_frontier([line(points=[reached]), tuned()], title="x").axes
+        assert [list(one.get_xdata()) for one in left.get_lines()] == [[68], [80, 78, 70], [70]]
+        assert [list(one.get_ydata()) for one in right.get_lines()] == [[90], []]
+
+
+def test_command(tmp_path, capsys):
+    reported = point(0.5, 0.7, 0.68, 0.1, report=measures(0.66, 0.2))
+    lines = [line(points=[reported]), tuned(), line(error="the loss is nan", id="bad")]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    assert main(["benchmark-tables", str(tmp_path / "r.jsonl"), "--output_dir", str(tmp_path / "out")]) == 0
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"tables.md", "frontier-resnet-badnets-0.png", f"curves-resnet-badnets-0-{lines[0]['id']}.png"}
+    assert (tmp_path / "out" / "tables.md").read_text() == tables(lines)
+
+
+@pytest.mark.parametrize("content", ["", "not json\n"])
+def test_no_results(tmp_path, capsys, content):
+    (tmp_path / "r.jsonl").write_text(content)
+    assert main(["benchmark-tables", str(tmp_path / "r.jsonl"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "r.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
