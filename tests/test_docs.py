@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from hf_tsc import cli
+from hf_tsc.benchmark.lines import read_lines
+from hf_tsc.benchmark.plan import Plan
+from hf_tsc.benchmark.results import tables
 from hf_tsc.demo import DEMO_MODELS
 
 ROOT = Path(__file__).parent.parent
@@ -73,3 +76,35 @@ def test_measured_times_are_within_their_targets():
     assert len(matching) == 2
     assert {row["family"] for row in cost if row["variant"] == "curve step"} == {"resnet64", "vit"}
     assert all(row["met"] for row in (*speed, *matching, *cost))
+
+
+class TestResults:
+    """docs/results.md and its tables, of the lines that the benchmark wrote."""
+
+    LINES = read_lines(ROOT / "recipes/cifar10/results.jsonl")
+
+    def test_tables(self):
+        assert (ROOT / "docs/results/tables.md").read_text(encoding="utf-8") == tables(self.LINES)
+
+    def test_cells_are_in_the_plan(self):
+        cells = {cell.id for cell in Plan.read(ROOT / "recipes/cifar10/plan.yaml").cells}
+        assert {line["id"] for line in self.LINES} <= cells
+
+    def test_figures_of_the_text_are_measured(self):
+        """Every `ACC / ASR`, and every `ACC / ASR (re-tuned ASR)`, is that of a point."""
+
+        def percent(measures, *names):
+            return tuple(f"{100 * measures[name]:.1f}" for name in names)
+
+        measured = set()
+        for line in self.LINES:
+            measured.add(percent(line["before"]["select"], "accuracy", "attack_success_rate"))
+            for point in (point for path in line["paths"] for point in path["points"]):
+                pair = percent(point["select"], "accuracy", "attack_success_rate")
+                measured.add(pair)
+                if "retuned" in point:
+                    measured.add((*pair, *percent(point["retuned"], "attack_success_rate")))
+        text = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
+        found = re.findall(r"(\d+\.\d) / (\d+\.\d)(?: \((?:re-tuned )?(\d+\.\d)\))?", text)
+        assert len(found) > 20
+        assert [entry for entry in found if tuple(filter(None, entry)) not in measured] == []
