@@ -22,8 +22,9 @@ from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.triggers import Trigger
 
-AUGMENTATIONS = ("none", "crop", "crop_flip", "affine")
+AUGMENTATIONS = ("none", "crop", "crop_flip", "affine", "simclr")
 ROTATION, SHIFT, SCALES = 15.0, 0.125, (0.9, 1.1)  # of `affine`: degrees, share of the side, factors
+AREA, JITTER, HUE = (0.2, 1.0), 0.4, 0.1  # of `simclr`: share of the picture, brightness and so on, hue
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow's decoders raise
 
 
@@ -268,7 +269,10 @@ class Augmentation:
     Args:
         name: `"none"`; `"crop"`, an integer shift by up to round(S / 8) pixels each way (4 at S = 32) that fills with
             black; `"crop_flip"`, the same and a horizontal flip of half of the pictures; `"affine"`, a rotation by up
-            to 15 degrees, a shift by up to S / 8 and a scaling by 0.9 to 1.1, bilinear, filled with black.
+            to 15 degrees, a shift by up to S / 8 and a scaling by 0.9 to 1.1, bilinear, filled with black; `"simclr"`,
+            a crop of 0.2 to 1 of the area, resized, a flip, brightness, contrast and saturation by up to 40 % and hue
+            by up to 10 % in 80 % of the pictures, and grey in 20 % (hf.co/papers/2002.05709, less the blur, which
+            small pictures do not take).
 
     Raises:
         UsageError: another name.
@@ -305,12 +309,27 @@ class Augmentation:
             return self._augment(pixels)
 
     def _augment(self, pixels: Tensor) -> Tensor:
+        if self.name == "simclr":
+            return _simclr(pixels)
         if self.name == "affine":
             return K.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), scale=SCALES, p=1.0)(pixels)
         height, width = pixels.shape[-2:]
         crop = K.RandomCrop((height, width), padding=(round(width / 8), round(height / 8)))
         pixels = crop(pixels)
         return K.RandomHorizontalFlip(p=0.5)(pixels) if self.name == "crop_flip" else pixels
+
+
+def _simclr(pixels: Tensor) -> Tensor:
+    height, width = pixels.shape[-2:]
+    steps: tuple[Any, ...] = (
+        K.RandomResizedCrop((height, width), scale=AREA),
+        K.RandomHorizontalFlip(p=0.5),
+        K.ColorJitter(JITTER, JITTER, JITTER, HUE, p=0.8),
+        K.RandomGrayscale(p=0.2),
+    )
+    for step in steps:
+        pixels = step(pixels)
+    return pixels.clamp(0, 1)
 
 
 def _per_channel(values: float | Sequence[float], like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Two processes train one curve as a single process does: DDP, and parameters sharded by `fully_shard`.
+"""Two processes train as a single one does: one curve by DDP or sharded by `fully_shard`, and losses over pairs.
 
 The two processes (gloo, CPU) are started once and run all cases; each takes its half of every batch. The first curve
 is laid before the first step, the second one in the middle, both in place; sharded, every process writes its shards.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_tsc.curve import CurveModel
+from hf_tsc.images import ImagePipeline
+from hf_tsc.objectives import Captions, ImageText, ProjectionHead, SimCLR
 
 RANKS = 2
 BATCH = 8
@@ -34,6 +37,7 @@ LAYERS: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
     "resnet": lambda model: [layer for stage in model.resnet.encoder.stages for layer in stage.layers],
 }
 WRAPPERS = ("ddp", "fsdp")
+PAIRWISE = ("simclr", "softmax", "sigmoid")
 TOLERANCE = 1e-9  # float64; what the halves of a batch add up to is rounded in another order
 
 
@@ -103,6 +107,45 @@ def fsdp(family: str, share: slice) -> dict[str, Any]:
     return train(family, curve, curve, share)
 
 
+class Encoder(nn.Module):
+    """A ViT without its classifier, pooled by its class token, and a projection head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = tiny.random_model("vit").vit
+        self.head = ProjectionHead(tiny.HEADS * tiny.HEAD_DIM).double()
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        return SimpleNamespace(image_embeds=self.vit(pixel_values=pixel_values).last_hidden_state[:, 0])
+
+
+class Doubles(ImagePipeline):
+    def normalize(self, pixels: Tensor) -> Tensor:
+        return super().normalize(pixels.double())
+
+
+def pairwise(name: str, share: slice, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
+    """Loss and gradients of an objective that compares the items of a batch with each other."""
+    generator = torch.Generator().manual_seed(1)
+    pipeline = Doubles(tiny.processor())
+    batch = {"pixels": torch.randint(256, (BATCH, 3, tiny.IMAGE, tiny.IMAGE), generator=generator, dtype=torch.uint8)}
+    objective: Any
+    if name == "simclr":
+        model: nn.Module = Encoder()
+        objective = SimCLR(pipeline, head=model.head, augmentation="none")
+    else:
+        model = tiny.random_model("clip")
+        tokens = torch.randint(17, (BATCH, 6), generator=generator)
+        tokens[:, -1] = 19
+        objective = ImageText(pipeline, Captions(("",) * BATCH, {"input_ids": tokens}), sigmoid=name == "sigmoid")
+        batch["captions"] = torch.tensor([0, 1, 2, 3, 4, 2, 0, 0])[:, None]  # some equal, also across the halves
+    wrapped = wrap(model)  # a name of its own: DDP must live until the gradients have met
+    loss = objective.loss(wrapped, {key: value[share] for key, value in batch.items()}, seed=0)
+    loss.backward()
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), "gradients": gradients}
+
+
 def work(rank: int, folder: str) -> None:
     """One process: all cases, written to the folder."""
     warnings.simplefilter("error")
@@ -115,6 +158,8 @@ def work(rank: int, folder: str) -> None:
         found["ddp", family] = ddp(family, share)
         found["fsdp", family] = fsdp(family, share)
     found["ddp", "training"] = ddp("resnet", share, training=True)
+    for name in PAIRWISE:
+        found["ddp", name] = pairwise(name, share, DistributedDataParallel)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -149,6 +194,20 @@ class TestTwoProcessesAreOne:
             for ours, theirs in zip(result[wrapper, family]["bends"], expected, strict=True):
                 far = {name: d for name, d in difference(ours, theirs).items() if d > TOLERANCE}
                 assert not far
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_items_are_compared_across_processes(results, name):
+    """Value and gradients are those of the whole batch: images meet the captions, or views, of the other process."""
+    expected = pairwise(name, slice(None), lambda model: model)
+    halves = [pairwise(name, half, lambda model: model) for half in (slice(0, BATCH // 2), slice(BATCH // 2, None))]
+    assert (sum(half["loss"] for half in halves) / RANKS - expected["loss"]).abs() > 1e-2, "the halves alone differ"
+    for result in results:
+        found = result["ddp", name]
+        assert found["loss"].item() == pytest.approx(expected["loss"].item(), abs=TOLERANCE)
+        assert found["gradients"].keys() == expected["gradients"].keys()
+        far = {key: d for key, d in difference(found["gradients"], expected["gradients"]).items() if d > TOLERANCE}
+        assert not far
 
 
 def test_processes_agree_on_the_bend_with_batch_norm_in_training(results):

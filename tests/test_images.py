@@ -246,10 +246,28 @@ class TestAugmentation:
         assert moved.max() < furthest
         assert moved.median() > 1.5
 
+    def test_simclr_crops_greys_and_changes_colours(self):
+        """A picture of a horizontal ramp in red: crops flatten it, and colours move away from the pure one."""
+        ramp = torch.linspace(0.2, 0.8, 32).expand(400, 1, 32, 32)
+        picture = torch.cat([ramp, 0.1 * torch.ones(400, 2, 32, 32)], dim=1)
+        found = Augmentation("simclr")(picture, seed=0)
+        assert found.shape == picture.shape
+        assert found.min() >= 0
+        assert found.max() <= 1
+        grey = (found.amax(1) - found.amin(1)).amax((1, 2)) < 1e-5
+        assert 0.14 < grey.double().mean() < 0.26  # 0.2, three standard deviations
+        flipped = (found[~grey, 0].diff(dim=-1).mean((1, 2)) < 0).double().mean()
+        assert 0.4 < flipped < 0.6
+        untouched = picture[:, 0].amax((1, 2)) - picture[:, 0].amin((1, 2))
+        cropped = found[~grey, 0].amax((1, 2)) - found[~grey, 0].amin((1, 2))
+        assert cropped.median() < untouched.median()
+        blues = found[~grey, 2].mean((1, 2))
+        assert blues.std() > 0.01
+
     def test_none_changes_nothing(self):
         assert torch.equal(Augmentation("none")(self.PIXELS, seed=0), self.PIXELS)
 
-    @pytest.mark.parametrize("name", ["crop", "crop_flip", "affine"])
+    @pytest.mark.parametrize("name", ["crop", "crop_flip", "affine", "simclr"])
     def test_the_seed_alone_decides_and_the_global_state_stays(self, name):
         augment = Augmentation(name)
         torch.manual_seed(1)

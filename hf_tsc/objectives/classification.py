@@ -1,14 +1,10 @@
-"""What the curve is trained for, and how a point of it is measured: one objective per kind of model.
-
-An objective turns the batches of a data set into model inputs and model outputs into a loss; the trainer knows nothing
-of images, labels or teachers.
-"""
+"""Classify clean images, from their labels or as the suspect does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +13,7 @@ from torch import Tensor, nn
 from hf_tsc.activations import Batch
 from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
-
-Forward = Callable[..., object]
-
-
-class Objective(Protocol):
-    """A training loss, clean model inputs, and the measures of a point.
-
-    `score_name` names the fraction that `evaluate` reports as `score`: what `max_accuracy_drop` is about.
-    """
-
-    score_name: str
-
-    def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
-        """Mean loss of one training batch; all randomness is a function of `seed`."""
-
-    def model_inputs(self, batch: Batch) -> Batch:
-        """The batch as the model takes it, without augmentation."""
-
-    def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:
-        """`loss` (mean, nats) and `score` (a fraction) on clean data."""
+from hf_tsc.objectives.base import Forward
 
 
 @dataclass(frozen=True)
@@ -69,6 +46,8 @@ class ImageClassification:
         temperature: of the distillation.
         mixup_alpha: 0 for none.
     """
+
+    head: nn.Module | None = None
 
     def __init__(
         self,

@@ -1,0 +1,136 @@
+"""Train a dual encoder (CLIP, SigLIP, ...) on images and their captions, as it was trained in the first place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_tsc.activations import Batch
+from hf_tsc.errors import UsageError
+from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
+from hf_tsc.objectives.base import Forward, across_processes, counted_once, loss_of_all
+
+
+@dataclass(frozen=True)
+class Captions:
+    """All distinct captions of a data set, tokenised once.
+
+    Attributes:
+        texts: the captions.
+        tokens: what the text tower takes (`input_ids` and, where it has one, `attention_mask`), (captions, length)
+            each, int64.
+        truncated: how many captions were longer than the text tower takes, and were cut.
+    """
+
+    texts: tuple[str, ...]
+    tokens: dict[str, Tensor]
+    truncated: int = 0
+
+    def inputs(self, numbers: Tensor) -> Batch:
+        """The model inputs of some captions, by their numbers (n,); without columns that only pad."""
+        rows = {name: tensor.to(numbers.device)[numbers] for name, tensor in self.tokens.items()}
+        mask = rows.get("attention_mask")
+        if mask is None:
+            return rows
+        length = int(mask.sum(1).max())
+        return {name: tensor[:, :length] for name, tensor in rows.items()}
+
+
+class ImageText:
+    """Match images and captions: softmax over a batch both ways (CLIP), or each pair for itself (SigLIP).
+
+    Captions that occur several times in a batch are no negatives of each other's images: they share the target.
+
+    Args:
+        pipeline: makes model inputs of pixels.
+        captions: those that the batches name by their numbers.
+        sigmoid: SigLIP's loss (Zhai et al. 2023, hf.co/papers/2303.15343); otherwise CLIP's (Radford et al. 2021,
+            hf.co/papers/2103.00020).
+        augmentation: applied to training batches.
+
+    Batches hold `"pixels"` and `"captions"`, int64 (n, k): the captions of each image, of which each step draws one;
+    -1 where an image has fewer.
+    """
+
+    score_name = "retrieval"
+    head: nn.Module | None = None
+
+    def __init__(
+        self, pipeline: ImagePipeline, captions: Captions, *, sigmoid: bool = False, augmentation: str = "none"
+    ):
+        self.pipeline, self.captions, self.sigmoid = pipeline, captions, sigmoid
+        self.augmentation = Augmentation(augmentation)
+
+    def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
+        if len(batch["pixels"]) < 2:
+            raise UsageError("a batch of one pair has no other caption to tell: give a batch size of 2 or more")
+        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed)
+        numbers = draw_captions(batch["captions"], seed=seed)
+        output: Any = forward(pixel_values=self.pipeline.normalize(pixels), **self.captions.inputs(numbers))
+        numbers = across_processes(numbers)
+        logits = logits_of_all(output)
+        loss = sigmoid_loss(logits, numbers) if self.sigmoid else softmax_loss(logits, numbers)
+        return loss_of_all(loss)
+
+    def model_inputs(self, batch: Batch) -> Batch:
+        """Each image with the first of its captions."""
+        captions = self.captions.inputs(batch["captions"][:, 0])
+        return {"pixel_values": self.pipeline.model_input(batch["pixels"]), **captions}
+
+    @torch.no_grad()
+    def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:
+        """The loss of whole batches, and `score`: how often the nearest caption in an image's batch is its own."""
+        loss, right, count = 0.0, 0, 0
+        for batch in batches:
+            output: Any = forward(**self.model_inputs(batch))
+            numbers, logits = batch["captions"][:, 0], output.logits_per_image.float()
+            size = len(numbers)
+            loss += size * (sigmoid_loss if self.sigmoid else softmax_loss)(logits, numbers).item()
+            right += int((numbers[logits.argmax(1)] == numbers).sum())
+            count += size
+        return {"loss": loss / count, "score": right / count}
+
+
+def draw_captions(candidates: Tensor, *, seed: int) -> Tensor:
+    """One caption of each image, (n, k) -> (n,); a function of the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(len(candidates), generator=generator).to(candidates.device)
+    known = (candidates >= 0).sum(1)
+    position = torch.minimum((share * known).long(), known - 1)
+    return candidates.gather(1, position[:, None])[:, 0]
+
+
+def logits_of_all(output: Any) -> Tensor:
+    """(n, n) logits of the images of all processes against all captions.
+
+    Logits are an affine function of the cosines of embeddings, whose factor and offset each model keeps elsewhere:
+    they are read off this process' own logits.
+    """
+    images, texts = (F.normalize(e, dim=-1) for e in (output.image_embeds, output.text_embeds))
+    own = output.logits_per_image
+    all_images, all_texts = across_processes(images), across_processes(texts)
+    if len(all_images) == len(images):
+        return own
+    cosines = images @ texts.T
+    away = cosines - cosines.mean()
+    factor = (away * own).sum() / away.square().sum()
+    offset = own.mean() - factor * cosines.mean()
+    return counted_once(factor) * (all_images @ all_texts.T) + counted_once(offset)
+
+
+def softmax_loss(logits: Tensor, captions: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy of (n, n) logits, images by rows; equal captions share the target evenly."""
+    same = (captions[:, None] == captions[None]).to(logits.dtype)
+    target = same / same.sum(1, keepdim=True)  # symmetric
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def sigmoid_loss(logits: Tensor, captions: Tensor) -> Tensor:
+    """SigLIP's loss of (n, n) logits: each pair of an image and a caption is right or wrong; sum over pairs / n."""
+    sign = 2 * (captions[:, None] == captions[None]).to(logits.dtype) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(logits)

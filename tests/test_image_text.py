@@ -1,0 +1,136 @@
+"""The objective of dual encoders against plain reference implementations."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from hf_tsc.errors import UsageError
+from hf_tsc.images import ImagePipeline, collate
+from hf_tsc.objectives import Captions, ImageText, sigmoid_loss, softmax_loss
+from hf_tsc.objectives.image_text import draw_captions
+
+PIPELINE = ImagePipeline(tiny.processor())
+LOGITS = 3 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+DISTINCT, EQUAL = torch.tensor([7, 3, 5, 2]), torch.tensor([7, 3, 7, 7])
+CAPTIONS = Captions(
+    ("a", "b c", "d"),
+    {
+        "input_ids": torch.tensor([[18, 1, 19, 0, 0], [18, 2, 3, 19, 0], [18, 4, 19, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]),
+    },
+)
+
+
+def batch(captions: list[list[int]]) -> dict[str, torch.Tensor]:
+    data = tiny.digits(0, len(captions), labelled=False)
+    return {**collate([data[i] for i in range(len(captions))]), "captions": torch.tensor(captions)}
+
+
+def softmax_by_loops(logits, captions):
+    """Mean over images and captions of the mean, over those that fit, of -log of the softmax."""
+    total, count = 0.0, len(captions)
+    for matrix in (logits, logits.T):
+        for i in range(count):
+            fitting = [j for j in range(count) if captions[j] == captions[i]]
+            whole = sum(matrix[i, j].exp() for j in range(count))
+            total = total - sum((matrix[i, j].exp() / whole).log() for j in fitting) / len(fitting)
+    return total / (2 * count)
+
+
+def sigmoid_by_loops(logits, captions):
+    total, count = 0.0, len(captions)
+    for i in range(count):
+        for j in range(count):
+            right = 1 / (1 + (-logits[i, j]).exp())
+            total = total - (right if captions[i] == captions[j] else 1 - right).log()
+    return total / count
+
+
+@pytest.mark.parametrize(("loss", "loops"), [(softmax_loss, softmax_by_loops), (sigmoid_loss, sigmoid_by_loops)])
+@pytest.mark.parametrize("captions", [DISTINCT, EQUAL], ids=["distinct", "equal"])
+def test_value_and_gradient_of_the_sum_written_out(loss, loops, captions):
+    logits = LOGITS.clone().requires_grad_()
+    found, expected = loss(logits, captions), loops(logits, captions)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+    (gradient,), (wanted,) = torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits)
+    assert torch.allclose(gradient, wanted, atol=1e-12)
+
+
+def test_distinct_captions_give_the_loss_of_clip():
+    target = torch.arange(4)
+    expected = (F.cross_entropy(LOGITS, target) + F.cross_entropy(LOGITS.T, target)) / 2
+    assert softmax_loss(LOGITS, DISTINCT).item() == pytest.approx(expected.item())
+
+
+def test_equal_captions_are_no_negatives():
+    """An image may lie as near to the captions of others that say the same."""
+    logits = 100 * (EQUAL[:, None] == EQUAL[None]).double()
+    assert softmax_loss(logits, EQUAL).item() == pytest.approx((3 * math.log(3)) / 4)  # of three even targets
+    assert sigmoid_loss(200 * logits - 5000, EQUAL).item() == pytest.approx(0)
+
+
+class TestDrawCaptions:
+    def test_every_caption_of_an_image_and_no_other(self):
+        candidates = torch.tensor([[4, -1, -1], [1, 2, 3], [8, 9, -1]])
+        drawn = torch.stack([draw_captions(candidates, seed=seed) for seed in range(60)])
+        assert [set(column.tolist()) for column in drawn.T] == [{4}, {1, 2, 3}, {8, 9}]
+
+    def test_a_function_of_the_seed(self):
+        candidates = torch.arange(40).reshape(10, 4)
+        one, same, other = (draw_captions(candidates, seed=seed) for seed in (1, 1, 2))
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
+
+
+class TestCaptions:
+    def test_columns_that_only_pad_are_left_out(self):
+        found = CAPTIONS.inputs(torch.tensor([2, 0, 0]))
+        assert found["input_ids"].tolist() == [[18, 4, 19], [18, 1, 19], [18, 1, 19]]
+        assert found["attention_mask"].shape == (3, 3)
+
+    def test_without_a_mask_the_length_stays(self):
+        """SigLIP is trained on padded texts."""
+        found = Captions(CAPTIONS.texts, {"input_ids": CAPTIONS.tokens["input_ids"]}).inputs(torch.tensor([2]))
+        assert found["input_ids"].shape == (1, 5)
+
+
+class TestImageText:
+    def test_loss_of_a_clip_model_is_that_of_its_logits(self):
+        model, data = tiny.model("clip"), batch([[0], [1], [2], [1]])
+        loss = ImageText(PIPELINE, CAPTIONS).loss(model, data, seed=0)
+        numbers = data["captions"][:, 0]
+        with torch.no_grad():
+            logits = model(
+                pixel_values=PIPELINE.model_input(data["pixels"]), **CAPTIONS.inputs(numbers)
+            ).logits_per_image
+        assert loss.item() == pytest.approx(softmax_loss(logits, numbers).item(), rel=1e-5)
+        own = model(
+            pixel_values=PIPELINE.model_input(data["pixels"][:3]), **CAPTIONS.inputs(numbers[:3]), return_loss=True
+        ).loss
+        first = ImageText(PIPELINE, CAPTIONS).loss(model, batch([[0], [1], [2]]), seed=0)
+        assert first.item() == pytest.approx(own.item(), rel=1e-5)  # CLIP's own loss, where captions differ
+
+    def test_gradients_reach_both_towers(self):
+        model = tiny.model("clip")
+        ImageText(PIPELINE, CAPTIONS).loss(model, batch([[0], [1], [2]]), seed=0).backward()
+        names = ("vision_model.embeddings.patch_embedding", "visual_projection")
+        names += ("text_model.embeddings.token_embedding", "text_projection")
+        for name in (*(f"{layer}.weight" for layer in names), "logit_scale"):
+            assert model.get_parameter(name).grad.abs().max() > 0, name
+
+    def test_score_is_the_share_of_captions_found(self):
+        def forward(pixel_values, **_):
+            logits = torch.tensor([[1.0, 2, 0], [0, 0, 3], [5, 0, 1]])
+            return SimpleNamespace(logits_per_image=logits)
+
+        # captions 1, 2, 1: image 0 takes the second (wrong), 1 the third (wrong), 2 the first (says the same)
+        found = ImageText(PIPELINE, CAPTIONS).evaluate(forward, [batch([[1], [2], [1]])])
+        assert found["score"] == pytest.approx(1 / 3)
+
+    def test_a_batch_of_one(self):
+        with pytest.raises(UsageError, match="a batch size of 2 or more"):
+            ImageText(PIPELINE, CAPTIONS).loss(tiny.model("clip"), batch([[0]]), seed=0)
