@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset as HFDataset
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hf_tsc.data import ImageData
@@ -243,8 +243,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Stack the items of a `PixelDataset`.
 
     Returns:
-        `"pixels"`, uint8 (n, 3, H, W), for labelled items `"labels"`, int64 (n,), and `"poisoned"`, bool (n,), where
-        items say so.
+        `"pixels"`, uint8 (n, 3, H, W), for labelled items `"labels"`, int64 (n,), and where items have them
+        `"poisoned"`, bool (n,), and `"captions"`, int64 (n, most captions of an image), filled up with -1.
 
     Raises:
         UsageError: the pictures have different sizes.
@@ -260,6 +260,9 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch["labels"] = torch.tensor([item["labels"] for item in items], dtype=torch.int64)
     if "poisoned" in items[0]:
         batch["poisoned"] = torch.tensor([item["poisoned"] for item in items], dtype=torch.bool)
+    if "captions" in items[0]:
+        captions = [item["captions"] for item in items]
+        batch["captions"] = nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=-1)
     return batch
 
 

@@ -15,10 +15,25 @@ from hf_tsc.images import collate
 from hf_tsc.objectives import Objective
 
 
+class WithHead(nn.Module):
+    """A model, and a head that is trained along: one module, as distributed training and checkpoints want it.
+
+    It is called as the model is; the objective calls the head.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module):
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
 class ObjectiveTrainer(Trainer):
     """Minimises an objective over a data set of pixels.
 
     Args:
+        model: what is trained, together with the objective's head if it has one.
         objective: gives the loss of a batch; its randomness is a function of (seed, step, micro-batch, process), so
             that a resumed training repeats it.
         kwargs: as in `Trainer`.
@@ -31,12 +46,30 @@ class ObjectiveTrainer(Trainer):
     loss_is_scaled_for_ga = False
     objective: Objective
 
-    def __init__(self, *, objective: Objective, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        model: nn.Module,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
         self.objective = objective
         self._micro_batch = 0
-        super().__init__(data_collator=collate, callbacks=[_StepCounter(self), *(callbacks or [])], **kwargs)
+        super().__init__(
+            model=model if objective.head is None else WithHead(model, objective.head),
+            data_collator=collate,
+            callbacks=[_StepCounter(self), *(callbacks or [])],
+            **kwargs,
+        )
         if self.args.logging_strategy == IntervalStrategy.NO:
             self.remove_callback(PrinterCallback)  # it prints without a progress bar, whatever the strategy
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model itself, without its head and without the wrappers of a distributed run."""
+        whole: nn.Module = self.accelerator.unwrap_model(self.model)
+        return whole.model if isinstance(whole, WithHead) else whole
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Counts the micro-batches of a step: each has its own seed."""

@@ -174,8 +174,10 @@ class TSCTrainer(ObjectiveTrainer):
 
     @property
     def curve(self) -> CurveModel:
-        """The trained module itself, without the wrappers of a distributed run."""
-        return self.accelerator.unwrap_model(self.model)
+        """The curve itself, without the objective's head and without the wrappers of a distributed run."""
+        curve = self.bare_model
+        assert isinstance(curve, CurveModel)
+        return curve
 
     @property
     def curves(self) -> list[CurveResult]:

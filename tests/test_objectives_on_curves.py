@@ -1,0 +1,118 @@
+"""A purification with each objective: encoders with SimCLR or feature distillation, CLIP with captions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import ResNetModel, ViTModel
+
+from hf_tsc.images import ImagePipeline
+from hf_tsc.objectives import Captions, FeatureDistillation, ImageText, Objective, ProjectionHead, SimCLR, features_of
+from hf_tsc.tsc_config import TSCConfig
+from hf_tsc.tsc_trainer import TSCTrainer
+
+STEPS = 3
+PIPELINE = ImagePipeline(tiny.processor())
+
+
+class Captioned(Dataset):
+    """Digits, each with its class for a caption."""
+
+    def __init__(self, first: int, last: int):
+        self.images = tiny.digits(first, last)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        item = self.images[position]
+        return {"pixels": item["pixels"], "captions": torch.tensor([item["labels"]])}
+
+
+def encoder(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    kind = {"resnet": ResNetModel, "vit": ViTModel}[family]
+    return kind(tiny.model(family).config).eval()
+
+
+def captions() -> Captions:
+    tokens = torch.tensor([[18, 1 + number, 19] for number in range(tiny.LABELS)])
+    return Captions(tuple(map(str, range(tiny.LABELS))), {"input_ids": tokens})
+
+
+def case(name: str) -> tuple[Any, Objective]:
+    """Model and objective."""
+    if name == "clip":
+        return tiny.model("clip"), ImageText(PIPELINE, captions())
+    kind, family = name.split()
+    model = encoder(family)
+    if kind == "features":
+        return model, FeatureDistillation(PIPELINE, model, augmentation="crop", mixup_alpha=1.0)
+    size = features_of(model, torch.zeros(1, 3, tiny.IMAGE, tiny.IMAGE)).shape[1]
+    return model, SimCLR(PIPELINE, head=ProjectionHead(size))
+
+
+def trainer(folder, name: str, **changes) -> TSCTrainer:
+    model, objective = case(name)
+    options = {"curve_steps": STEPS, "stages": 2, "sweep_points": 3, "per_device_train_batch_size": 8, "seed": 1}
+    options |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    data = Captioned if name == "clip" else lambda *rows: tiny.digits(*rows, labelled=False)
+    return TSCTrainer(
+        model,
+        TSCConfig(output_dir=str(folder), **{**options, **changes}),
+        train_dataset=data(0, 16),
+        eval_dataset=data(16, 32),
+        processing_class=tiny.processor(),
+        objective=objective,
+    )
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    pixels = torch.randn(3, 3, tiny.IMAGE, tiny.IMAGE, generator=torch.Generator().manual_seed(2))
+    return {"pixel_values": pixels, **(captions().inputs(torch.tensor([4, 2, 7])) if name == "clip" else {})}
+
+
+CASES = ("simclr resnet", "simclr vit", "features resnet", "features vit", "clip")
+
+
+@pytest.mark.parametrize("name", CASES)
+class TestPurification:
+    def test_the_bend_is_trained_and_the_copies_keep_the_function(self, tmp_path, name):
+        made = trainer(tmp_path, name)
+        suspect = made.suspect
+        made.train()
+        assert made._moved > 0.2
+        (first, second) = made.curves
+        assert first.sweep[0].score == pytest.approx(first.sweep[-1].score)  # the ends are the same function
+        assert first.sweep[0].loss == pytest.approx(first.sweep[-1].loss, rel=1e-4, abs=1e-6)
+        if made.objective.head is None:  # the head has gone on learning
+            assert second.sweep[0].loss == pytest.approx(first.sweep[0].loss, rel=1e-4, abs=1e-6)
+        purified = made.purified_model()
+        assert purified.state_dict().keys() == suspect.state_dict().keys()  # no head
+        with torch.no_grad():
+            before, after = (list(model(**inputs(name)).to_tuple()) for model in (suspect, purified))
+        assert not torch.allclose(before[0], after[0], atol=1e-4)
+
+    def test_resume_is_bit_exact(self, tmp_path, name):
+        """Head and all; on the boundary of the curves."""
+        whole = trainer(tmp_path / "whole", name)
+        whole.train()
+        half = trainer(tmp_path / "half", name, save_strategy="steps", save_steps=STEPS)
+        half.train()
+        resumed = trainer(tmp_path / "resumed", name)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "half" / f"checkpoint-{STEPS}"))
+        ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_head_is_trained_along(tmp_path):
+    made = trainer(tmp_path, "simclr resnet")
+    before = [p.detach().clone() for p in made.objective.head.parameters()]
+    made.train()
+    assert all(not torch.equal(a, b) for a, b in zip(before, made.objective.head.parameters(), strict=True))
