@@ -1,9 +1,12 @@
-"""Accuracy of a model on clean images, and with a trigger its attack success rate and robust accuracy."""
+"""Accuracy of a model on clean images, and with a trigger its attack success rate and robust accuracy.
+
+How classes are read off a model is a `Reader`'s business: from logits, by a linear probe, from prompts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,18 +50,30 @@ class Attack:
     target_label: int
 
 
+Predict = Callable[[Tensor], Tensor]  # model inputs (n, 3, H, W) -> classes, int64 (n,)
+# Makes, for a network on a device, the function that gives the classes of its inputs; what has to be fitted is fitted
+# here, on images of the reader's own.
+Reader = Callable[[Forward, str | torch.device], Predict]
+
+
+def read_logits(forward: Forward, device: str | torch.device) -> Predict:
+    """The class of the largest logit."""
+    return lambda inputs: logits_of(forward, inputs).argmax(-1)
+
+
 @torch.no_grad()
-def predict(
-    forward: Forward, dataset: PixelDataset, *, batch_size: int = 128, device: str | torch.device = "cpu"
+def map_batches(
+    function: Callable[[Tensor], Tensor],
+    dataset: PixelDataset,
+    *,
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Predicted class of every item, int64 (n,) on the CPU."""
+    """What a function of model inputs gives for all items, (n, ...) on the CPU."""
     # a generator of its own: measuring must not touch the global random state, on which dropout depends
     loader: Any = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, generator=torch.Generator())
-    found = []
-    for batch in loader:
-        inputs = dataset.pipeline.model_input(batch["pixels"].to(device))
-        found.append(logits_of(forward, inputs).argmax(-1).cpu())
-    return torch.cat(found)
+    inputs = (dataset.pipeline.model_input(batch["pixels"].to(device)) for batch in loader)
+    return torch.cat([function(one).cpu() for one in inputs])
 
 
 class Evaluator:
@@ -69,7 +84,8 @@ class Evaluator:
         pipeline: of the model's image processor.
         indices: rows to use; all by default.
         attack: adds attack success rate and robust accuracy.
-        num_classes: the model's.
+        num_classes: that the reader knows.
+        reader: reads classes off a network.
 
     Raises:
         UsageError: no labels, or a target label that the model does not have.
@@ -83,6 +99,7 @@ class Evaluator:
         num_classes: int,
         indices: Sequence[int] | np.ndarray | None = None,
         attack: Attack | None = None,
+        reader: Reader = read_logits,
     ):
         labels = data.labels
         if labels is None:
@@ -92,7 +109,7 @@ class Evaluator:
         if attack is not None and not 0 <= attack.target_label < num_classes:
             raise UsageError(f"target_label={attack.target_label}: the model has the classes 0 to {num_classes - 1}")
         rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
-        self.attack = attack
+        self.attack, self.reader = attack, reader
         self.clean = pixel_dataset(data, rows, pipeline)
         self.triggered: PixelDataset | None = None
         if attack is not None:
@@ -104,32 +121,34 @@ class Evaluator:
             self.triggered = pixel_dataset(data, others, pipeline, trigger=attack.trigger)
 
     def __call__(self, forward: Forward, *, device: str | torch.device = "cpu") -> Evaluation:
-        """Measure a model, or any callable that maps `pixel_values` to an output with `logits`."""
-        acc = self.clean_accuracy(forward, device=device)
-        if self.attack is None or self.triggered is None:
-            return Evaluation(len(self.clean), acc)
-        fooled = {"predictions": predict(forward, self.triggered, device=device), "references": self.triggered.labels}
-        target = self.attack.target_label
-        return Evaluation(
-            n=len(self.clean),
-            accuracy=acc,
-            n_triggered=len(self.triggered),
-            attack_success_rate=AttackSuccessRate(target_label=target).compute(**fooled)["attack_success_rate"],
-            robust_accuracy=RobustAccuracy(target_label=target).compute(**fooled)["robust_accuracy"],
-        )
+        """Measure a model, or any callable that maps `pixel_values` to an output that the reader can read."""
+        predict = self.reader(forward, device)
+        found = Evaluation(len(self.clean), self._accuracy(predict, device))
+        if self.triggered is None:
+            return found
+        return replace(found, n_triggered=len(self.triggered), **self._fooled(predict, device))
 
     def clean_accuracy(self, forward: Forward, *, device: str | torch.device = "cpu") -> float:
         """Of a model or callable."""
-        predictions = predict(forward, self.clean, device=device)
-        return CleanAccuracy().compute(predictions=predictions, references=self.clean.labels)["accuracy"]
+        return self._accuracy(self.reader(forward, device), device)
 
     def attack_success_rate(self, forward: Forward, *, device: str | torch.device = "cpu") -> float:
         """Of a model or callable; needs an attack."""
+        return self._fooled(self.reader(forward, device), device)["attack_success_rate"]
+
+    def _accuracy(self, predict: Predict, device: str | torch.device) -> float:
+        predictions = map_batches(predict, self.clean, device=device)
+        return CleanAccuracy().compute(predictions=predictions, references=self.clean.labels)["accuracy"]
+
+    def _fooled(self, predict: Predict, device: str | torch.device) -> dict[str, Any]:
         assert self.attack is not None
         assert self.triggered is not None
-        predictions = predict(forward, self.triggered, device=device)
-        metric = AttackSuccessRate(target_label=self.attack.target_label)
-        return metric.compute(predictions=predictions, references=self.triggered.labels)["attack_success_rate"]
+        predictions = map_batches(predict, self.triggered, device=device)
+        found: dict[str, Any] = {}
+        for metric in (AttackSuccessRate, RobustAccuracy):
+            made = metric(target_label=self.attack.target_label)
+            found |= made.compute(predictions=predictions, references=self.triggered.labels)
+        return found
 
 
 def evaluate_model(

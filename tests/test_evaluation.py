@@ -11,7 +11,7 @@ from suspects_and_digits import classifier, digit_data, processor
 
 from hf_tsc.data import open_images
 from hf_tsc.errors import UsageError
-from hf_tsc.evaluation import Attack, Evaluation, Evaluator, evaluate_model, predict
+from hf_tsc.evaluation import Attack, Evaluation, Evaluator, evaluate_model, map_batches, read_logits
 from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.triggers import BadNets
 
@@ -83,7 +83,7 @@ class TestPredict:
     @pytest.mark.parametrize("batch_size", [1, 4, 128])
     def test_in_order_whatever_the_batch(self, data, pipeline, batch_size):
         dataset = pixel_dataset(data, [3, 0, 8, 5, 1], pipeline)
-        assert predict(reader, dataset, batch_size=batch_size).tolist() == [3, 0, 1, 3, 1]
+        assert map_batches(read_logits(reader, "cpu"), dataset, batch_size=batch_size).tolist() == [3, 0, 1, 3, 1]
 
     def test_global_random_state_untouched(self, data, pipeline):
         evaluator = Evaluator(data, pipeline, num_classes=5, attack=ATTACK)
