@@ -25,19 +25,21 @@ from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.benchmark.plan import Plan
 from hf_tsc.benchmark.results import write_results
 from hf_tsc.benchmark.runner import cells_to_run, check_processes, lines_of, run_plan
+from hf_tsc.captions import TEMPLATES
 from hf_tsc.data import ImageData
 from hf_tsc.demo import DEMO_MODELS, run_demo
 from hf_tsc.derive import example_inputs, image_size, verify
 from hf_tsc.errors import HfTscError, PurificationError, UsageError
-from hf_tsc.evaluation import Attack, evaluate_model
-from hf_tsc.hub import Source, load_image_processor, load_model, resolve_model
-from hf_tsc.images import ImagePipeline
-from hf_tsc.job import DataArguments, check_classifier, check_labels
+from hf_tsc.evaluation import Attack
+from hf_tsc.hub import Source, load_model, resolve_model
+from hf_tsc.job import DataArguments
 from hf_tsc.purify import purify
 from hf_tsc.report import REPORT_FILE, PurificationReport
 from hf_tsc.spec_text import describe_spec
 from hf_tsc.specs import spec_of
 from hf_tsc.suspects import RECORD, SuspectConfig, train_suspect
+from hf_tsc.tasks import Options
+from hf_tsc.tasks.evaluate import evaluate_source
 from hf_tsc.triggers import TRIGGERS, Trigger, trigger_from_dict
 from hf_tsc.tsc_config import PRESETS, TSCConfig
 
@@ -108,9 +110,28 @@ class PurifyArguments:
 
 
 @dataclass
-class EvaluateArguments:
-    """How to print."""
+class TaskArguments:
+    """For models without a classifier."""
 
+    prompt_template: list[str] = field(
+        default_factory=lambda: list(TEMPLATES),
+        metadata={"help": "Prompts made of class names, which go where {} stands; for image-text models."},
+    )
+    probe_images: int = field(
+        default=5000, metadata={"help": "Labelled images that an encoder's linear probe is fitted on, at most."}
+    )
+
+    def options(self) -> Options:
+        return Options(tuple(self.prompt_template), self.probe_images)
+
+
+@dataclass
+class EvaluateArguments:
+    """What else it takes, and how to print."""
+
+    probe_split: str | None = field(
+        default=None, metadata={"help": "Split that an encoder's linear probe is fitted on."}
+    )
     json: bool = field(default=False, metadata={"help": "Print JSON."})
 
 
@@ -235,10 +256,10 @@ def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def purify_command(argv: Sequence[str]) -> None:
-    """Purify an image classifier and write the result to a folder."""
-    types = (ModelArguments, DataArguments, PurifyArguments, AttackArguments, TSCConfig)
+    """Purify a model of images and write the result to a folder."""
+    types = (ModelArguments, DataArguments, PurifyArguments, AttackArguments, TaskArguments, TSCConfig)
     parser = _parser("purify", types, positional="MODEL", help="repo id on the Hub, or a folder (./x, /x)")
-    model_args, data_args, args, attack_args, config, rest = _parse(parser, argv)
+    model_args, data_args, args, attack_args, task_args, config, rest = _parse(parser, argv)
     given = _given(parser, argv)
     if "output_dir" not in given:
         raise UsageError("--output_dir is missing: name the folder for the purified model")
@@ -253,6 +274,7 @@ def purify_command(argv: Sequence[str]) -> None:
         held_out=args.held_out,
         test=data_args.open(args.test_split) if args.test_split else None,
         attack=attack_args.attack(),
+        options=task_args.options(),
         resume=args.resume,
     )
     print(report_table(report))
@@ -270,15 +292,13 @@ def report_table(report: PurificationReport) -> str:
 
 def evaluate_command(argv: Sequence[str]) -> None:
     """Measure accuracy, and with a trigger the attack success rate, of a model."""
-    types = (ModelArguments, DataArguments, AttackArguments, EvaluateArguments)
+    types = (ModelArguments, DataArguments, AttackArguments, TaskArguments, EvaluateArguments)
     parser = _parser("evaluate", types, positional="MODEL", help="repo id on the Hub, or a folder (./x, /x)")
-    model_args, data_args, attack_args, args, rest = _parse(parser, argv)
-    source = model_args.resolve(rest.model)
-    model, _ = load_model(source, auto_class=AutoModelForImageClassification)
-    data, attack = data_args.open(), attack_args.attack()
-    check_classifier(model, source)
-    check_labels(data, model)
-    result = evaluate_model(model, data, ImagePipeline(load_image_processor(source)), attack=attack).to_dict()
+    model_args, data_args, attack_args, task_args, args, rest = _parse(parser, argv)
+    source, attack = model_args.resolve(rest.model), attack_args.attack()
+    probe_data = data_args.open(args.probe_split) if args.probe_split else None
+    options = task_args.options()
+    result = evaluate_source(source, data_args.open(), attack=attack, probe_data=probe_data, options=options)
     if args.json:
         print(json.dumps(result))
         return

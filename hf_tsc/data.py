@@ -263,12 +263,14 @@ class ImageData:
         name: how the user named it.
         rows: the split.
         image_column, label_column: `label_column` is None for unlabelled data.
+        caption_column: where it was named.
     """
 
     name: str
     rows: Dataset
     image_column: str
     label_column: str | None
+    caption_column: str | None = None
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -310,8 +312,12 @@ def open_images(
     revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    caption_column: str | None = None,
 ) -> ImageData:
-    """Load a dataset, unless it is one already, and find its columns; see `load_images` and `find_columns`."""
+    """Load a dataset, unless it is one already, and find its columns; see `load_images` and `find_columns`.
+
+    A `caption_column` is only looked at by who needs captions.
+    """
     if isinstance(dataset, str):
         rows, name = load_images(dataset, config_name=config_name, split=split, revision=revision), dataset
     else:
@@ -319,4 +325,4 @@ def open_images(
     if len(rows) == 0:
         raise UsageError(f"{name} has no rows: expected images.")
     image, label = find_columns(rows.features, image_column=image_column, label_column=label_column)
-    return ImageData(name, rows, image, label)
+    return ImageData(name, rows, image, label, caption_column)

@@ -128,6 +128,15 @@ class Evaluator:
             return found
         return replace(found, n_triggered=len(self.triggered), **self._fooled(predict, device))
 
+    def measure(self, forward: Forward, *, device: str | torch.device = "cpu") -> dict[str, Any]:
+        """The same as a dictionary, without what was not measured."""
+        return self(forward, device=device).to_dict()
+
+    def monitors(self) -> dict[str, Callable[..., float]]:
+        """What is worth a look along a curve, by name."""
+        found: dict[str, Callable[..., float]] = {"accuracy": self.clean_accuracy}
+        return found | ({"attack_success_rate": self.attack_success_rate} if self.attack is not None else {})
+
     def clean_accuracy(self, forward: Forward, *, device: str | torch.device = "cpu") -> float:
         """Of a model or callable."""
         return self._accuracy(self.reader(forward, device), device)

@@ -21,7 +21,13 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import httpx, parse_ratelimit_headers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 from transformers import PreTrainedModel as Model
 from transformers.utils import logging as transformers_logging
 
@@ -31,6 +37,8 @@ T = TypeVar("T")
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_TOKENIZER = "tokenizer_config.json"
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "README.md"]
 _RETRY_WAITS = (1.0, 2.0, 4.0)  # seconds
 _LONGEST_WAIT = 300.0  # seconds; the window of the Hub's own rate limit
@@ -73,6 +81,11 @@ class Source:
     repo_id: str | None
     revision: str | None
     file_hashes: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Repo id, or the folder's own name without its place."""
+        return self.repo_id or self.path.resolve().name
 
 
 def resolve_model(
@@ -208,7 +221,7 @@ def check_folder(path: Path) -> None:
         raise UsageError(f"{path} has an adapter_config.json, which can name another model: merge the adapter first.")
     if any(path.glob("shard-*-model-*.safetensors")):
         raise UsageError(f"{path} has a distributed checkpoint (shard-*-model-*): save it again as {_WEIGHTS}.")
-    for file in (path / name for name in ("config.json", *_PROCESSORS)):
+    for file in (path / name for name in ("config.json", *_PROCESSORS, _TOKENIZER)):
         for key, value in _items(_read_object(file)) if file.is_file() else ():
             if key in _FORBIDDEN_KEYS:
                 raise UsageError(f"{file} has the key `{key}`: {_FORBIDDEN_KEYS[key]}.")
@@ -366,6 +379,25 @@ def load_image_processor(source: Source) -> Any:
         raise UsageError(
             f"{source.path} has no image processor that transformers knows: add a preprocessor_config.json."
         ) from error
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer that the folder declares.
+
+    Raises:
+        UsageError: the folder has none, or one that `transformers` does not define.
+    """
+    config, wanted = source.path / _TOKENIZER, f"add {_VOCABULARIES[0]} and {_TOKENIZER}"
+    if not any((source.path / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one
+        raise UsageError(f"{source.path} has no tokenizer: {wanted}.")
+    named = str(_read_object(config).get("tokenizer_class") or "Tokenizer") if config.is_file() else "Tokenizer"
+    if not re.fullmatch(r"\w*Tokenizer(Fast)?|TokenizersBackend", named):
+        raise UsageError(f"{config} has `tokenizer_class` {named!r}: expected the name of a tokenizer.")
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"{source.path} has no tokenizer that transformers knows: {wanted}.") from error
 
 
 @contextmanager

@@ -10,21 +10,16 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from hf_tsc.batch_norm import batch_norm_buffers
-from hf_tsc.data import CleanSubset, ImageData, check_classes, clean_subset, indices_hash, open_images, parse_budget
+from hf_tsc.data import ImageData, clean_subset, indices_hash, open_images, parse_budget
 from hf_tsc.derive import image_size
 from hf_tsc.errors import UsageError
-from hf_tsc.evaluation import Attack, Evaluator
+from hf_tsc.evaluation import Attack
 from hf_tsc.functional import tensors_of
 from hf_tsc.hub import Source, load_image_processor
-from hf_tsc.images import ImagePipeline, PixelDataset, pixel_dataset
+from hf_tsc.images import ImagePipeline, pixel_dataset
+from hf_tsc.tasks import Measure, Options, Task, Work
 from hf_tsc.tsc_config import TSCConfig
 from hf_tsc.tsc_trainer import TSCTrainer
-
-DISTILLED_TRANSFORMER = (
-    "Distillation from the suspect has brought backdoors of small transformers back in trials; with labels "
-    "(objective cross_entropy) they went."
-)
 
 
 @dataclass
@@ -40,6 +35,9 @@ class DataArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
     image_column_name: str | None = field(default=None, metadata={"help": "Column of images, if there are several."})
     label_column_name: str | None = field(default=None, metadata={"help": "Column of labels, if there are several."})
+    caption_column_name: str | None = field(
+        default=None, metadata={"help": "Column of captions (image-text models), if there are several of text."}
+    )
 
     def open(self, split: str | None = None) -> ImageData:
         """The split `dataset_split`, or another one of the same dataset."""
@@ -52,6 +50,7 @@ class DataArguments:
             revision=self.dataset_revision,
             image_column=self.image_column_name,
             label_column=self.label_column_name,
+            caption_column=self.caption_column_name,
         )
 
 
@@ -59,61 +58,59 @@ class DataArguments:
 class Job:
     """What is purified, and on which images."""
 
-    source: Source
-    model: PreTrainedModel
-    data: ImageData
-    subset: CleanSubset
-    processor: Any
-    pipeline: ImagePipeline
-    notes: list[str]
+    work: Work
+    task: Task
 
     @classmethod
     def prepare(
         cls,
+        kind: type[Task],
         source: Source,
         model: PreTrainedModel,
         data: ImageData,
         config: TSCConfig,
+        *,
         budget: str | int | float,
         held_out: float,
+        options: Options,
     ) -> Job:
-        labels, notes = data.labels, []
-        if labels is None and config.objective == "cross_entropy":
-            raise UsageError(
-                f"{data.name} has no label column and the objective is cross_entropy: name one with "
-                "--label_column_name, or purify without labels by --objective distillation"
-            )
-        note = check_labels(data, model)
-        notes += [note] if note else []
-        if config.objective == "distillation" and not batch_norm_buffers(model):
-            notes.append(DISTILLED_TRANSFORMER)
+        kind.check_data(model, data)
         size = parse_budget(budget) if isinstance(budget, str) else budget
-        subset = clean_subset(labels, len(data.rows), budget=size, held_out=held_out, seed=config.seed)
-        processor = load_image_processor(source)
-        job = cls(source, model, data, subset, processor, ImagePipeline(processor), notes)
+        subset = clean_subset(data.labels, len(data.rows), budget=size, held_out=held_out, seed=config.seed)
+        pipeline = ImagePipeline(load_image_processor(source))
+        work = Work(source, model, data, subset, pipeline, config, options)
+        job = cls(work, kind(work))
         job._check_size()
         return job
 
-    def part(self, indices: np.ndarray) -> PixelDataset:
-        return pixel_dataset(self.data, indices, self.pipeline)
+    @property
+    def source(self) -> Source:
+        return self.work.source
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.work.model
 
     def _check_size(self) -> None:
         """The processor must give images of the size that the model's configuration names, if it names one."""
-        given = tuple(self.part(self.subset.train[:1])[0]["pixels"].shape[-2:])
-        if hasattr(self.model.config, "image_size") and given != image_size(self.model.config):
+        work = self.work
+        vision = getattr(work.model.config, "vision_config", work.model.config)
+        given = tuple(pixel_dataset(work.data, work.subset.train[:1], work.pipeline)[0]["pixels"].shape[-2:])
+        if hasattr(vision, "image_size") and given != image_size(vision):
             raise UsageError(
-                f"the image processor makes images of {given}, the model takes {image_size(self.model.config)}: "
+                f"the image processor makes images of {given}, the model takes {image_size(vision)}: "
                 "correct the `size` (or `crop_size`) in the suspect's preprocessor_config.json"
             )
 
     def describe(self) -> dict[str, Any]:
-        train, held_out = self.subset.train, self.subset.held_out
+        """The data set and the rows that are used, for the report."""
+        train, held_out = self.work.subset.train, self.work.subset.held_out
         return {
-            **self.data.describe(),
+            **self.work.data.describe(),
             "train_indices": train.tolist(),
             "held_out_indices": held_out.tolist(),
             "indices_hash": indices_hash(np.concatenate([train, held_out])),
-            "processor_backend": type(self.processor).__name__,
+            "processor_backend": type(self.work.pipeline.processor).__name__,
         }
 
 
@@ -121,72 +118,48 @@ class Job:
 class Measures:
     """Measures a model on the held-out images, and on a test set where there is one."""
 
-    evaluators: dict[str, Evaluator]
+    by_place: dict[str, Measure]
 
     @classmethod
     def prepare(cls, job: Job, test: ImageData | None, attack: Attack | None) -> Measures:
-        options: dict[str, Any] = {"num_classes": job.model.config.num_labels, "attack": attack}
-        evaluators = {}
-        if attack is not None and job.data.label_column is None and test is None:
+        data = job.work.data
+        if attack is not None and data.label_column is None and test is None:
             raise UsageError(
                 "a trigger was given but no labelled images to measure it on: give a test set with labels"
             )
-        if job.data.label_column is not None:
-            evaluators["held_out"] = Evaluator(job.data, job.pipeline, indices=job.subset.held_out, **options)
+        if test is not None and test.rows._fingerprint == data.rows._fingerprint:
+            raise UsageError(f"the test images are those of {data.name} that the clean ones are drawn from")
+        places = {"held_out": job.task.measure(data, job.work.subset.held_out, attack)}
         if test is not None:
-            if test.rows._fingerprint == job.data.rows._fingerprint:
-                raise UsageError(f"the test images are those of {job.data.name} that the clean ones are drawn from")
-            check_labels(test, job.model)
-            evaluators["test"] = Evaluator(test, job.pipeline, **options)
-        return cls(evaluators)
+            places["test"] = job.task.measure(test, None, attack)
+            if places["test"] is None:
+                raise UsageError(f"{test.name} has no labels: expected labelled images, to measure accuracy on them")
+        return cls({place: measure for place, measure in places.items() if measure is not None})
 
     def __call__(self, trainer: TSCTrainer, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-        """By place; without labels the held-out images give the agreement with the suspect."""
+        """By place; on the held-out images also the objective's own score, where no accuracy says the same."""
         device = trainer.args.device
-        found = {
-            place: evaluator(model.eval(), device=device).to_dict() for place, evaluator in self.evaluators.items()
-        }
-        if "held_out" not in found:
+        found = {place: measure.measure(model.eval(), device=device) for place, measure in self.by_place.items()}
+        name = trainer.objective.score_name
+        if name not in found.get("held_out", {}):
             score = trainer.measure(tensors_of(model))["score"]
-            found = {"held_out": {"n": len(trainer.eval_dataset), trainer.objective.score_name: score}, **found}  # type: ignore[arg-type]
+            held_out = {"n": len(trainer.eval_dataset), name: score}  # type: ignore[arg-type]
+            found = {"held_out": {**found.get("held_out", {}), **held_out}} | {
+                place: measured for place, measured in found.items() if place != "held_out"
+            }
         return found
 
     def monitors(self, device: str) -> dict[str, Any]:
         """What is recorded along the curves for the plot, never for a choice: test accuracy, attack success rate."""
         found: dict[str, Any] = {}
-        if "test" in self.evaluators:
-            found["test_accuracy"] = partial(self.evaluators["test"].clean_accuracy, device=device)
-        attacked = self.evaluators.get("test", self.evaluators.get("held_out"))
-        if attacked is not None and attacked.attack is not None:
-            found["attack_success_rate"] = partial(attacked.attack_success_rate, device=device)
+        if "test" in self.by_place and "accuracy" in (monitors := self.by_place["test"].monitors()):
+            found["test_accuracy"] = partial(monitors["accuracy"], device=device)
+        attacked = self.by_place.get("test", self.by_place.get("held_out"))
+        if attacked is not None and "attack_success_rate" in (monitors := attacked.monitors()):
+            found["attack_success_rate"] = partial(monitors["attack_success_rate"], device=device)
         return found
 
 
 def as_image_data(dataset: str | Dataset | ImageData) -> ImageData:
     """Open what is not open yet."""
     return dataset if isinstance(dataset, ImageData) else open_images(dataset)
-
-
-def class_names(model: PreTrainedModel) -> dict[int, str]:
-    """Class number -> name, as the model's configuration has them."""
-    return {int(number): str(name) for number, name in (model.config.id2label or {}).items()}
-
-
-def check_labels(data: ImageData, model: PreTrainedModel) -> str | None:
-    """See `check_classes`; unlabelled data fit any model."""
-    labels = data.labels
-    return None if labels is None else check_classes(data.class_names, int(labels.max()) + 1, class_names(model))
-
-
-def model_name(source: Source) -> str:
-    """Repo id, or the folder's own name without its place."""
-    return source.repo_id or source.path.resolve().name
-
-
-def check_classifier(model: PreTrainedModel, source: Source) -> None:
-    """Refuse what is not a single-label classifier."""
-    name, count = model_name(source), len(class_names(model))
-    if model.config.problem_type == "multi_label_classification":
-        raise UsageError(f"{name} is a multi-label classifier: expected one with a single label an image")
-    if model.config.problem_type == "regression" or count < 2:
-        raise UsageError(f"{name} has {count} output(s): expected a classifier with two classes or more")

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_tsc.data import ImageData
 from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
 from hf_tsc.evaluation import Attack
 from hf_tsc.folders import check_output, finished_folder, last_whole_checkpoint, write_json
 from hf_tsc.hub import Source, load_model, quiet, resolve_model
-from hf_tsc.job import Job, Measures, as_image_data, check_classifier, model_name
+from hf_tsc.job import Job, Measures, as_image_data
 from hf_tsc.report import (
     CARD_FILE,
     PLOT_FILE,
@@ -29,6 +29,7 @@ from hf_tsc.report import (
     plot_curves,
     summarise_spec,
 )
+from hf_tsc.tasks import Options, task_of
 from hf_tsc.triggers import trigger_to_dict
 from hf_tsc.tsc_config import TSCConfig, reported_arguments
 from hf_tsc.tsc_trainer import TSCTrainer
@@ -46,12 +47,15 @@ def purify(
     held_out: float = 0.2,
     test: ImageData | Dataset | None = None,
     attack: Attack | None = None,
+    options: Options | None = None,
     revision: str | None = None,
     local: bool = False,
     token: str | bool | None = False,
     resume: bool = False,
 ) -> PurificationReport:
-    """Remove the backdoor that may be in an image classifier, and write the purified model to a folder.
+    """Remove the backdoor that may be in a model of images, and write the purified model to a folder.
+
+    What kind of model it is (classifier, encoder, image-text dual encoder) is read from its configuration.
 
     Args:
         model: repo id on the Hub, or a folder (`./x`, `/x`, any with `local=True`), or a `Source`.
@@ -64,6 +68,7 @@ def purify(
         held_out: share of them kept from training and matching, for measuring and for choosing t*.
         test: further labelled images, to measure on before and after.
         attack: a known trigger, to measure the attack success rate before and after; it never takes part otherwise.
+        options: prompts of image-text models, and how many images a linear probe is fitted on.
         revision: of the model repo.
         local: `model` is a folder.
         token: for private repos; none is sent by default.
@@ -80,22 +85,25 @@ def purify(
     started, output = time.monotonic(), Path(output_dir)
     check_output(output)
     source = model if isinstance(model, Source) else resolve_model(model, revision=revision, local=local, token=token)
-    suspect, dtype = load_model(source, auto_class=AutoModelForImageClassification)
-    check_classifier(suspect, source)
+    kind = task_of(source)
+    suspect, dtype = load_model(source, auto_class=kind.auto_class)
+    kind.check_model(suspect, source)
     if not isinstance(config, TSCConfig):
-        config = TSCConfig.for_model(suspect, **(config or {}))
+        config = TSCConfig.for_model(suspect, objectives=kind.objectives, **(config or {}))
     if config.world_size > 1:
         raise UsageError(f"purify was started with {config.world_size} processes: it runs in one for now")
-    job = Job.prepare(source, suspect, as_image_data(dataset), config, budget, held_out)
+    data = as_image_data(dataset)
+    prepared: dict[str, Any] = {"budget": budget, "held_out": held_out, "options": options or Options()}
+    job = Job.prepare(kind, source, suspect, data, config, **prepared)
     measures = Measures.prepare(job, as_image_data(test) if test is not None else None, attack)
     with _work_folder(output, job, config, resume=resume) as checkpoint:
         trainer = _trainer(job, measures, config)
         before = measures(trainer, _to(suspect, config.device))
         trainer.train(resume_from_checkpoint=checkpoint)
         with finished_folder(output) as folder:
-            _save_model(trainer.purified_model(), dtype, source, job.processor, folder)
+            _save_model(trainer.purified_model(), dtype, job, folder)
             saved = resolve_model(str(folder), local=True)
-            purified, _ = load_model(saved, auto_class=AutoModelForImageClassification)
+            purified, _ = load_model(saved, auto_class=kind.auto_class)
             after = measures(trainer, _to(purified, config.device))
             report = _report(trainer, job, attack, before, after, dtype, saved)
             report.cost["seconds"] = round(time.monotonic() - started, 1)
@@ -107,9 +115,10 @@ def _trainer(job: Job, measures: Measures, config: TSCConfig) -> TSCTrainer:
     return TSCTrainer(
         job.model,
         config,
-        train_dataset=job.part(job.subset.train),
-        eval_dataset=job.part(job.subset.held_out),
-        processing_class=job.processor,
+        train_dataset=job.task.items(job.work.subset.train),
+        eval_dataset=job.task.items(job.work.subset.held_out),
+        processing_class=job.work.pipeline.processor,
+        objective=job.task.objective(),
         monitors=measures.monitors(str(config.device)),
     )
 
@@ -150,7 +159,7 @@ def _request(job: Job, config: TSCConfig) -> dict[str, Any]:
     return {
         "model": job.source.file_hashes,
         "images": job.describe()["indices_hash"],
-        "dataset": job.data.rows._fingerprint,
+        "dataset": job.work.data.rows._fingerprint,
         "arguments": reported_arguments(config),
     }
 
@@ -178,7 +187,8 @@ def _report(
         purified={"dtype": str(dtype).removeprefix("torch."), "files": saved.file_hashes},
         environment=environment(config.device),
         cost={"gradient_evaluations": trainer.state.max_steps * config.gradient_accumulation_steps},
-        notes=job.notes,
+        notes=job.task.notes,
+        task={"kind": job.task.kind, "pipeline_tag": job.task.pipeline_tag, "accuracy": job.task.accuracy},
     )
 
 
@@ -186,18 +196,18 @@ def _to(model: Any, device: torch.device) -> PreTrainedModel:
     return model.to(device)
 
 
-def _save_model(model: PreTrainedModel, dtype: torch.dtype, source: Source, processor: Any, folder: Path) -> None:
+def _save_model(model: PreTrainedModel, dtype: torch.dtype, job: Job, folder: Path) -> None:
     """Weights in the suspect's dtype; its configuration as it was, less the attention implementation it asked for."""
     with quiet():
         _to(model, torch.device("cpu")).to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((job.source.path / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", {k: v for k, v in config.items() if "attn_implementation" not in k})
-    processor.save_pretrained(folder)
+    job.task.save(folder)
 
 
 def _describe_suspect(source: Source, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "name": model_name(source),
+        "name": source.name,
         "repo_id": source.repo_id,
         "revision": source.revision,
         "architecture": type(model).__name__,

@@ -40,6 +40,7 @@ class PurificationReport:
         score_name: `accuracy`, or `agreement` (with the suspect's answers) where there are no labels.
         attack: trigger and target label, where one was given to measure with.
         notes: what a reader should know.
+        task: the kind of model, its pipeline tag, and what an accuracy of it is.
         purified: dtype and sha256 of the weight files.
         environment: versions and hardware.
         cost: seconds and gradient evaluations (backward passes of one batch).
@@ -58,6 +59,13 @@ class PurificationReport:
     environment: dict[str, Any]
     cost: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    task: dict[str, str] = field(
+        default_factory=lambda: {
+            "kind": "image classifier",
+            "pipeline_tag": "image-classification",
+            "accuracy": "clean accuracy",
+        }
+    )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,7 +101,7 @@ class PurificationReport:
         )
         return ModelCardData(
             library_name="transformers",
-            pipeline_tag="image-classification",
+            pipeline_tag=self.task["pipeline_tag"],
             tags=["hf-tsc", "backdoor-purification", f"arxiv:{PAPER['id']}"],
             **base,
         )
@@ -101,10 +109,15 @@ class PurificationReport:
     def rows(self) -> list[tuple[str, int, str, str]]:
         """Table rows: measure, n, before, after."""
         labels = {
-            "accuracy": "clean accuracy",
+            "accuracy": self.task["accuracy"],
             "agreement": "agreement with the suspect on clean images",
             "attack_success_rate": "attack success rate",
             "robust_accuracy": "triggered images classified correctly",
+            "explained_variance": "variance of the suspect's features explained",
+            "view_retrieval": "second views found among all",
+            "retrieval": "captions found in a batch",
+            "image_to_text": "captions found for images (R@1)",
+            "text_to_image": "images found for captions (R@1)",
         }
         rows = []
         for place, before in self.before.items():

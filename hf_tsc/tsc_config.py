@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "constant": lambda progress: 1.0,
 }
-OBJECTIVES = ("cross_entropy", "distillation")
+CLASSIFYING = ("cross_entropy", "distillation")
+OBJECTIVES = (*CLASSIFYING, "simclr", "image_text")
 
 # Published hyper-parameters for supervised models (hf.co/papers/2506.07467), and every Trainer default that differs.
 PAPER_PRESET: dict[str, Any] = {
@@ -72,6 +73,13 @@ TRANSFORMER_DEFAULTS: dict[str, Any] = {
 }
 
 
+# What goes with an objective, on top of the family's defaults.
+OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "simclr": {"augmentation": "simclr", "temperature": 0.5, "mixup_alpha": 0.0, "dataloader_drop_last": True},
+    "image_text": {"mixup_alpha": 0.0, "dataloader_drop_last": True},
+}
+
+
 # Arguments of TSCConfig that do not change the result, or that name places on this machine.
 _NOT_REPORTED = (
     "output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token", "resume_from_checkpoint", "max_steps"
@@ -109,8 +117,9 @@ class TSCConfig(TrainingArguments):
 
     > Parameters that control the loss
 
-    objective (`str`): `cross_entropy` (labels) or `distillation` (the suspect's own answers on clean images).
-    temperature (`float`): of the distillation.
+    objective (`str`): of classifiers `cross_entropy` (labels) or `distillation` (the suspect's own answers on clean
+        images); of encoders `distillation` (its features) or `simclr`; of dual encoders `image_text`.
+    temperature (`float`): of the distillation from a classifier, and of SimCLR.
     mixup_alpha (`float`): mixup with λ ~ Beta(alpha, alpha); 0 for none.
     channels_last (`bool`): convolutions in channels-last memory format, which most accelerators prefer.
     augmentation (`str`): `none`, `crop`, `crop_flip` or `affine` (see `hf_tsc.images.Augmentation`).
@@ -185,10 +194,18 @@ class TSCConfig(TrainingArguments):
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
-    def for_model(cls, model: nn.Module, **overrides: Any) -> TSCConfig:
-        """The defaults for a model's family, with some fields changed."""
+    def for_model(cls, model: nn.Module, *, objectives: Sequence[str] = CLASSIFYING, **overrides: Any) -> TSCConfig:
+        """The defaults for a model's family and the objective, with some fields changed.
+
+        Args:
+            model: the suspect.
+            objectives: those that fit it; the family's own default counts where it is among them, else the first.
+            overrides: fields and their values.
+        """
         family = BATCH_NORM_DEFAULTS if batch_norm_buffers(model) else TRANSFORMER_DEFAULTS
-        return cls(**{**family, **overrides})
+        chosen = family["objective"] if family["objective"] in objectives else objectives[0]
+        objective = overrides.get("objective", chosen)
+        return cls(**{**family, "objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides})
 
     def _check(self) -> None:
         for name in ("curve1_t", "curve2_t"):

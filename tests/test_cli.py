@@ -494,12 +494,15 @@ class TestWrongInput:
         save(classifier("vit", num_labels=1), tmp_path / "one")
         refused(purify_args(tmp_path / "one", data / "digits", tmp_path / "out"), r"one has 1 output\(s\): expected")
 
-    def test_no_classifier(self, data, tmp_path, refused):
+    def test_no_tokenizer(self, data, tmp_path, refused):
         tiny.model("clip").save_pretrained(tmp_path / "clip")
         processor().save_pretrained(tmp_path / "clip")
-        refused(purify_args(tmp_path / "clip", data / "digits", tmp_path / "out"), "clip")
-        BertConfig().save_pretrained(tmp_path / "clip")
-        refused(purify_args(tmp_path / "clip", data / "digits", tmp_path / "out"), "expected an image classifier")
+        refused(purify_args(tmp_path / "clip", data / "digits", tmp_path / "out"), "clip has no tokenizer")
+
+    def test_no_model_of_images(self, models, data, tmp_path, refused):
+        shutil.copytree(models / "vit", tmp_path / "bert")
+        BertConfig().save_pretrained(tmp_path / "bert")
+        refused(purify_args(tmp_path / "bert", data / "digits", tmp_path / "out"), "expected an image classifier")
 
     @pytest.mark.parametrize("height", [4, 16])
     def test_processor_of_another_size(self, suspect, data, tmp_path, refused, height):

@@ -30,8 +30,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Re
 
 from hf_tsc import AccuracyBudgetError, Attack, BadNets, PurificationReport, TSCConfig, TSCTrainer, UsageError, purify
 from hf_tsc.curve_result import CurveResult
-from hf_tsc.job import DISTILLED_TRANSFORMER
 from hf_tsc.suspects import SuspectConfig, train_suspect
+from hf_tsc.tasks.classification import DISTILLED_TRANSFORMER
 
 FAMILIES = ("resnet", "vit")
 ATTACK = Attack(BadNets(), target_label=0)
@@ -363,7 +363,7 @@ class TestRefused:
             run(suspects["vit"], tmp_path / "out", data=data, config=config, attack=ATTACK, test=None)
 
     def test_test_images_without_labels(self, suspects, tmp_path):
-        with pytest.raises(UsageError, match="accuracy needs labels"):
+        with pytest.raises(UsageError, match="expected labelled images"):
             run(suspects["vit"], tmp_path / "out", test=digits(500, 560, labelled=False))
 
     def test_nothing_held_out(self, suspects, tmp_path):

@@ -18,7 +18,7 @@ from hf_tsc.images import AUGMENTATIONS, PixelDataset
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import ImageClassification
 from hf_tsc.permutation import Params
-from hf_tsc.tsc_config import OBJECTIVES
+from hf_tsc.tsc_config import CLASSIFYING
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class FineTuning:
     augmentation: str = "none"
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise UsageError(f"objective={self.objective!r}: expected one of {', '.join(OBJECTIVES)}")
+        if self.objective not in CLASSIFYING:
+            raise UsageError(f"objective={self.objective!r}: expected one of {', '.join(CLASSIFYING)}")
         if self.augmentation not in AUGMENTATIONS:
             raise UsageError(f"augmentation={self.augmentation!r}: expected one of {', '.join(AUGMENTATIONS)}")
         for name in ("steps", "batch_size"):

@@ -1,0 +1,85 @@
+"""Measure any kind of model on labelled or captioned images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hf_tsc.data import ImageData
+from hf_tsc.errors import UsageError
+from hf_tsc.evaluation import Attack, Evaluator
+from hf_tsc.hub import Source, load_image_processor, load_model, load_tokenizer
+from hf_tsc.images import ImagePipeline, pixel_dataset
+from hf_tsc.readers import LinearProbe
+from hf_tsc.tasks import Classification, Encoding, Options, task_of
+from hf_tsc.tasks.base import Measure
+from hf_tsc.tasks.classes import check_labels, class_names
+from hf_tsc.tasks.image_text import matching_measure
+
+
+def evaluate_source(
+    source: Source,
+    data: ImageData,
+    *,
+    attack: Attack | None = None,
+    probe_data: ImageData | None = None,
+    options: Options | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Accuracy, with a trigger the attack success rate, and for captioned images retrieval.
+
+    Args:
+        source: the checked model.
+        data: the images to measure on, labelled (classifiers, encoders) or with class names or captions (dual
+            encoders).
+        attack: a known trigger.
+        probe_data: labelled images that a linear probe of an encoder is fitted on.
+        options: prompts, and how many images the probe takes.
+        device: where to run.
+
+    Returns:
+        Measures by name, as fractions, with their numbers of images.
+
+    Raises:
+        UsageError: the model or the data do not fit.
+    """
+    options = options or Options()
+    kind = task_of(source)
+    model, _ = load_model(source, auto_class=kind.auto_class)
+    kind.check_model(model, source)
+    pipeline = ImagePipeline(load_image_processor(source))
+    measure: Measure | None
+    if kind is Classification:
+        check_labels(data, model)
+        measure = Evaluator(data, pipeline, num_classes=len(class_names(model)), attack=attack)
+    elif kind is Encoding:
+        measure = _probed(data, probe_data, pipeline, attack, options)
+    else:
+        tokenizer = load_tokenizer(source)
+        measure = matching_measure(model, tokenizer, pipeline, data, None, attack, options.templates)
+    if measure is None:
+        raise UsageError(
+            f"{data.name} has neither captions nor class names: expected a column of text (--caption_column_name) or "
+            "labels with names (--label_column_name)"
+        )
+    on_device: Any = model
+    return measure.measure(on_device.to(device), device=device)
+
+
+def _probed(
+    data: ImageData, probe_data: ImageData | None, pipeline: ImagePipeline, attack: Attack | None, options: Options
+) -> Evaluator:
+    if probe_data is None:
+        raise UsageError(
+            "an encoder is measured by a linear probe, which needs labelled images of its own: name their split with "
+            "--probe_split"
+        )
+    labels = probe_data.labels
+    if labels is None:
+        raise UsageError(f"{probe_data.name} has no label column: a linear probe is fitted on labels")
+    if probe_data.rows._fingerprint == data.rows._fingerprint:
+        raise UsageError("the probe would be fitted on the images that are measured: name another --probe_split")
+    rows = np.random.default_rng(0).permutation(len(probe_data.rows))[: options.probe_images]
+    probe = LinearProbe(pixel_dataset(probe_data, np.sort(rows), pipeline))
+    return Evaluator(data, pipeline, num_classes=int(labels.max()) + 1, attack=attack, reader=probe)
