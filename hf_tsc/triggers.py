@@ -1,4 +1,4 @@
-"""Triggers, picture in and picture out, and which training images to poison with them (BadNets, Blended).
+"""Triggers, picture in and picture out, and which training images to poison with them.
 
 A trigger acts on uint8 pixels at the model's input size, after resizing and before any normalisation, and is the same
 in training and test. It is a frozen dataclass of a few numbers: written as JSON beside a suspect, it is enough to
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from scipy.fft import idctn
 from torch import Tensor
 
 from hf_tsc.errors import UsageError
@@ -84,7 +85,51 @@ class Blended:
         return mixed.round().to(torch.uint8)
 
 
-TRIGGERS: dict[str, Any] = {BadNets.name: BadNets, Blended.name: Blended}
+@dataclass(frozen=True)
+class Square:
+    """A white square of side round(10 S / 32) whose upper left corner is at round(21 S / 32), S the shorter side.
+
+    The trigger of BadEncoder (Jia et al. 2022, hf.co/papers/2108.00352).
+    """
+
+    name: ClassVar[str] = "square"
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        _check_pixels(pixels)
+        shorter = min(pixels.shape[-2:])
+        first, side = round(21 * shorter / 32), max(1, round(10 * shorter / 32))
+        triggered = pixels.clone()
+        triggered[..., first : first + side, first : first + side] = 255
+        return triggered
+
+
+@dataclass(frozen=True)
+class CTRL:
+    """A pattern in the spectrum of both colour differences, the same in every block of 32 x 32 pixels.
+
+    Li et al. 2023 (hf.co/papers/2210.07346): `magnitude` is added to the coefficients (15, 15) and (31, 31) of the
+    orthonormal cosine transform of U and V. That is linear, and so a fixed picture is added, clipped and rounded.
+
+    Args:
+        magnitude: of the coefficients; at 100 no pixel changes by more than 22.
+    """
+
+    name: ClassVar[str] = "ctrl"
+    magnitude: float = 100.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.magnitude <= 10_000:
+            raise UsageError(f"CTRL got magnitude={self.magnitude}, expected a number from 0 to 10000; 100 is usual.")
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        _check_pixels(pixels)
+        height, width = pixels.shape[-2:]
+        block = torch.from_numpy(_ctrl_block(self.magnitude)).to(pixels.device)  # (3, 32, 32)
+        tiles = block.repeat(1, -(-height // 32), -(-width // 32))[:, :height, :width]
+        return (pixels.to(torch.float32) + tiles).round().clamp(0, 255).to(torch.uint8)
+
+
+TRIGGERS: dict[str, Any] = {trigger.name: trigger for trigger in (BadNets, Blended, Square, CTRL)}
 
 
 def trigger_to_dict(trigger: Trigger) -> dict[str, Any]:
@@ -108,7 +153,9 @@ def trigger_from_dict(record: dict[str, Any]) -> Trigger:
     return TRIGGERS[name](**numbers)
 
 
-def poison_indices(labels: np.ndarray, *, target_label: int, poison_rate: float, seed: int) -> np.ndarray:
+def poison_indices(
+    labels: np.ndarray, *, target_label: int, poison_rate: float, seed: int, clean_label: bool = False
+) -> np.ndarray:
     """Draw the training images that get the trigger and the target label, none of the target class itself.
 
     Args:
@@ -116,6 +163,7 @@ def poison_indices(labels: np.ndarray, *, target_label: int, poison_rate: float,
         target_label: the class that the trigger shall lead to.
         poison_rate: poisoned images as a share of **all** n images, in [0, 1]; 0 makes the clean twin.
         seed: of the draw.
+        clean_label: draw images of the target class instead, which keep their label (CTRL).
 
     Returns:
         (round(poison_rate * n),) sorted indices, int64.
@@ -131,13 +179,23 @@ def poison_indices(labels: np.ndarray, *, target_label: int, poison_rate: float,
     count = round(poison_rate * len(labels))
     if poison_rate > 0 and count == 0:
         raise UsageError(f"poison_rate={poison_rate} of {len(labels)} images poisons none; raise the rate.")
-    candidates = np.flatnonzero(labels != target_label)
+    candidates = np.flatnonzero((labels == target_label) == clean_label)
     if count > len(candidates):
+        which = "are" if clean_label else "are not"
         raise UsageError(
-            f"poison_rate={poison_rate} asks for {count} of {len(labels)} images, but only {len(candidates)} are not "
+            f"poison_rate={poison_rate} asks for {count} of {len(labels)} images, but only {len(candidates)} {which} "
             f"of the target class {target_label}; lower the rate to at most {len(candidates) / len(labels):.4g}."
         )
     return np.sort(np.random.default_rng(seed).choice(candidates, size=count, replace=False))
+
+
+@lru_cache(maxsize=8)
+def _ctrl_block(magnitude: float) -> np.ndarray:
+    """What CTRL adds to R, G and B of a block, float32 (3, 32, 32), through kornia's YUV."""
+    spectrum = np.zeros((32, 32))
+    spectrum[15, 15] = spectrum[31, 31] = magnitude
+    chroma = idctn(spectrum, norm="ortho")  # of U and of V
+    return np.stack([1.14 * chroma, -(0.396 + 0.581) * chroma, 2.029 * chroma]).astype(np.float32)
 
 
 @lru_cache(maxsize=8)

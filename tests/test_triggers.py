@@ -6,11 +6,22 @@ import json
 import numpy as np
 import pytest
 import torch
+from kornia.color import rgb_to_yuv
+from scipy.fft import dctn
 
 from hf_tsc.errors import UsageError
-from hf_tsc.triggers import TRIGGERS, BadNets, Blended, poison_indices, trigger_from_dict, trigger_to_dict
+from hf_tsc.triggers import (
+    CTRL,
+    TRIGGERS,
+    BadNets,
+    Blended,
+    Square,
+    poison_indices,
+    trigger_from_dict,
+    trigger_to_dict,
+)
 
-EXAMPLES = [BadNets(), Blended(alpha=0.3, seed=7)]
+EXAMPLES = [BadNets(), Blended(alpha=0.3, seed=7), Square(), CTRL(magnitude=200.0)]
 
 
 def pictures(*shape: int) -> torch.Tensor:
@@ -80,6 +91,43 @@ def test_blended_noise_never_changes_between_versions():
     assert digest == "fb225481d7946c16e4477e921d7376a264e5428e4093128b7fa5e63c935dad5c"
 
 
+@pytest.mark.parametrize(("side", "first", "last"), [(32, 21, 31), (224, 147, 217)])
+def test_square_is_the_one_of_bad_encoder(side, first, last):
+    expected = np.zeros((3, side, side), dtype=np.uint8)
+    expected[:, first:last, first:last] = 255
+    assert np.array_equal(Square()(torch.zeros(3, side, side, dtype=torch.uint8)).numpy(), expected)
+
+
+class TestCTRL:
+    GREY = torch.full((3, 64, 96), 128, dtype=torch.uint8)
+
+    def to_yuv(self, pixels):
+        """As in the paper's code, by kornia."""
+        return 255 * rgb_to_yuv(pixels.float() / 255)
+
+    def test_two_lines_in_the_spectrum_of_every_block_of_both_colour_differences(self):
+        difference = (self.to_yuv(CTRL()(self.GREY)) - self.to_yuv(self.GREY)).numpy()
+        for channel, height in ((0, 0.0), (1, 100.0), (2, 100.0)):  # Y, U, V
+            for row, column in ((0, 0), (32, 32), (0, 64)):
+                spectrum = dctn(difference[channel, row : row + 32, column : column + 32], norm="ortho")
+                assert spectrum[15, 15] == pytest.approx(height, abs=2.5)  # pixels are rounded
+                assert spectrum[31, 31] == pytest.approx(height, abs=2.5)
+                spectrum[15, 15] = spectrum[31, 31] = 0
+                assert abs(spectrum).max() < 2.5
+
+    def test_bound(self):
+        change = (CTRL()(self.GREY).int() - 128).abs()
+        assert [change[channel].max().item() for channel in range(3)] == [12, 10, 22]
+
+    def test_clipped_not_wrapped(self):
+        for value in (0, 255):
+            pixels = torch.full((3, 32, 32), value, dtype=torch.uint8)
+            assert CTRL(1000.0)(pixels)[0].float().mean() == pytest.approx(value, abs=70)  # wrapped: near 128
+
+    def test_strength_nothing(self):
+        assert torch.equal(CTRL(0.0)(self.GREY), self.GREY)
+
+
 @pytest.mark.parametrize("trigger", EXAMPLES)
 def test_json_round_trip(trigger):
     record = json.loads(json.dumps(trigger_to_dict(trigger)))
@@ -101,7 +149,7 @@ def test_every_registered_trigger_has_an_example():
         (lambda: BadNets()(torch.zeros(3, 8, dtype=torch.uint8)), r"shape \(3, 8\), expected"),
         (lambda: Blended(alpha=1.2), r"alpha=1.2, expected a share in \[0, 1\]"),
         (lambda: Blended(seed=-1), "seed=-1, expected an integer from 0"),
-        (lambda: trigger_from_dict({"name": "wanet"}), "'wanet', expected one of badnets, blended"),
+        (lambda: trigger_from_dict({"name": "wanet"}), "'wanet', expected one of badnets, blended, ctrl, square"),
         (lambda: trigger_from_dict({}), "trigger name None"),
         (
             lambda: trigger_from_dict({"name": "badnets", "alpha": 0.2}),
@@ -123,6 +171,14 @@ def test_poison_indices_are_a_share_of_all_and_never_of_the_target_class(rate):
     assert len(chosen) == round(rate * 100)
     assert np.array_equal(chosen, np.unique(chosen))
     assert not (LABELS[chosen] == 3).any()
+
+
+def test_clean_label_poison_is_of_the_target_class():
+    chosen = poison_indices(LABELS, target_label=3, poison_rate=0.05, seed=0, clean_label=True)
+    assert len(chosen) == 5
+    assert (LABELS[chosen] == 3).all()
+    with pytest.raises(UsageError, match="asks for 11 of 100 images, but only 10 are of the target class 3"):
+        poison_indices(LABELS, target_label=3, poison_rate=0.11, seed=0, clean_label=True)
 
 
 def test_poison_indices_depend_on_the_seed_alone():

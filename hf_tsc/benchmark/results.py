@@ -42,6 +42,8 @@ class Taken:
     def value(self, name: str) -> float | None:
         """A measure by its column, a fraction; None where it was not measured."""
         measured, before = self.point[self.place], self.line["before"][self.place]
+        if name.endswith(" before"):
+            return before[MEASURES[name.removesuffix(" before")]]
         if name == "DER":
             return defense_effectiveness(
                 acc_before=before["accuracy"],
@@ -55,7 +57,7 @@ class Taken:
 
 
 MEASURES = {"ACC": "accuracy", "ASR": "attack_success_rate", "RA": "robust_accuracy"}
-COLUMNS = ("ACC", "ASR", "RA", "DER", "re-tuned ACC", "re-tuned ASR")
+COLUMNS = ("ACC before", "ASR before", "ACC", "ASR", "RA", "DER", "re-tuned ACC", "re-tuned ASR")
 
 
 def last_points(line: Line) -> list[Measures]:
