@@ -31,14 +31,21 @@ from hf_tsc.demo import DEMO_MODELS, run_demo
 from hf_tsc.derive import example_inputs, image_size, verify
 from hf_tsc.errors import HfTscError, PurificationError, UsageError
 from hf_tsc.evaluation import Attack
-from hf_tsc.hub import Source, load_model, resolve_model
+from hf_tsc.hub import Source, load_image_processor, load_model, resolve_model
 from hf_tsc.job import DataArguments
 from hf_tsc.purify import purify
 from hf_tsc.report import REPORT_FILE, PurificationReport
 from hf_tsc.spec_text import describe_spec
 from hf_tsc.specs import spec_of
-from hf_tsc.suspects import RECORD, SuspectConfig, train_suspect
-from hf_tsc.tasks import Options
+from hf_tsc.suspects import (
+    RECORD,
+    SuspectConfig,
+    backdoor_encoder,
+    train_dual_encoder,
+    train_encoder,
+    train_suspect,
+)
+from hf_tsc.tasks import Encoding, Options, is_dual_encoder, task_of
 from hf_tsc.tasks.evaluate import evaluate_source
 from hf_tsc.triggers import TRIGGERS, Trigger, trigger_from_dict
 from hf_tsc.tsc_config import PRESETS, TSCConfig
@@ -143,12 +150,27 @@ class SpecArguments:
     json: bool = field(default=False, metadata={"help": "Print JSON."})
 
 
+POISON_RATES = {"classifier": 0.1, "encoder": 0.01, "dual_encoder": 0.05, "bad_encoder": None}
+
+
 @dataclass
 class SuspectArguments:
     """What to train."""
 
-    poison_rate: float = field(
-        default=0.1, metadata={"help": "Poisoned share of all training images; 0 for a clean model."}
+    kind: str | None = field(
+        default=None,
+        metadata={
+            "help": "classifier, encoder (by SimCLR; poison of the target class), bad_encoder (CONFIG is a clean "
+            "encoder) or dual_encoder; by the configuration's type where it is not given.",
+            "choices": list(POISON_RATES),
+        },
+    )
+    poison_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Poisoned share of all training images; 0 for a clean model. "
+            + ", ".join(f"{rate:g} ({kind})" for kind, rate in POISON_RATES.items() if rate is not None)
+        },
     )
     image_size: int = field(default=32, metadata={"help": "Side of the images, where the configuration names none."})
 
@@ -339,29 +361,52 @@ def _list_architectures(*, as_json: bool) -> None:
 
 
 def train_suspect_command(argv: Sequence[str]) -> None:
-    """Train a backdoored classifier (or with --poison_rate 0 a clean one)."""
+    """Train a backdoored model (or with --poison_rate 0 a clean one)."""
     types = (DataArguments, AttackArguments, SuspectArguments, SuspectConfig)
-    parser = _parser("train-suspect", types, positional="CONFIG", help="config.json of an image classifier")
+    help_text = "config.json of the model; for a bad_encoder the folder of a clean encoder"
+    parser = _parser("train-suspect", types, positional="CONFIG", help=help_text)
     data_args, attack_args, args, config, rest = _parse(parser, argv)
-    if "output_dir" not in _given(parser, argv):
+    given = _given(parser, argv)
+    if "output_dir" not in given:
         raise UsageError("--output_dir is missing: name the folder for the suspect")
     attack = attack_args.attack() if args.poison_rate != 0 else None
     if attack is None and args.poison_rate != 0:
         raise UsageError(
             f"--trigger is missing: name one of {', '.join(TRIGGERS)}, or give --poison_rate 0 for a clean model"
         )
-    model_config = _read_model_config(Path(rest.config))
-    height, width = image_size(model_config) if hasattr(model_config, "image_size") else (args.image_size,) * 2
-    data: ImageData = data_args.open()
-    train_suspect(
-        model_config,
-        ViTImageProcessorPil(size={"height": height, "width": width}),
-        data,
-        args=config,
-        attack=attack,
-        poison_rate=args.poison_rate,
-    )
+    if args.kind == "bad_encoder":
+        _train_bad_encoder(Path(rest.config), data_args.open(), config, attack)
+    else:
+        _train_poisoned(Path(rest.config), data_args.open(), config, attack, args)
     print(f"The suspect and its {RECORD} are in {config.output_dir}")
+
+
+def _train_poisoned(
+    file: Path, data: ImageData, config: SuspectConfig, attack: Attack | None, args: SuspectArguments
+) -> None:
+    model_config = _read_model_config(file)
+    kind = args.kind or ("dual_encoder" if is_dual_encoder(model_config) else "classifier")
+    trainers: dict[str, Callable[..., Any]] = {
+        "classifier": train_suspect,
+        "encoder": train_encoder,
+        "dual_encoder": train_dual_encoder,
+    }
+    vision = getattr(model_config, "vision_config", model_config)
+    height, width = image_size(vision) if hasattr(vision, "image_size") else (args.image_size,) * 2
+    rate = POISON_RATES[kind] if args.poison_rate is None else args.poison_rate
+    processor = ViTImageProcessorPil(size={"height": height, "width": width})
+    trainers[kind](model_config, processor, data, args=config, attack=attack, poison_rate=rate)
+
+
+def _train_bad_encoder(folder: Path, data: ImageData, config: SuspectConfig, attack: Attack | None) -> None:
+    if attack is None:
+        raise UsageError("--poison_rate 0 with --kind bad_encoder: the clean twin is the encoder that it starts from")
+    source = resolve_model(str(folder), local=True)
+    if (kind := task_of(source)) is not Encoding:
+        raise UsageError(f"{folder} holds an {kind.kind}: expected a clean image encoder")
+    clean, _ = load_model(source, auto_class=AutoModel)
+    Encoding.check_model(clean, source)
+    backdoor_encoder(clean, load_image_processor(source), data, args=config, attack=attack)
 
 
 def _read_model_config(file: Path) -> Any:

@@ -7,10 +7,10 @@ from suspects_and_digits import NAMES, digit_data, files_naming, processor, read
 from tiny import TRANSFORMER
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BertConfig, ResNetConfig, ViTConfig
 
-from hf_tsc import suspects
 from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.evaluation import Attack, evaluate_model
 from hf_tsc.images import ImagePipeline, to_unit_interval
+from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import ImageClassification
 from hf_tsc.suspects import RECORD, SuspectConfig, train_suspect
 from hf_tsc.triggers import BadNets, Blended, trigger_from_dict
@@ -153,7 +153,7 @@ class TestRefused:
         assert [path.name for path in tmp_path.iterdir()] in ([], ["full"])
 
     def test_no_labels(self, tmp_path):
-        with pytest.raises(UsageError, match="has no label column: a classifier is trained on labels"):
+        with pytest.raises(UsageError, match="has no label column: a suspect is trained and poisoned by labels"):
             train(tmp_path / "s", data=digit_data(0, 20, labelled=False))
 
     @pytest.mark.parametrize(("rate", "message"), [(1.5, "expected a share"), (0.01, "poisons none"), (0.95, "lower")])
@@ -173,7 +173,7 @@ class TestRefused:
     def test_output_not_empty(self, tmp_path, monkeypatch):
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "precious").touch()
-        monkeypatch.setattr(suspects.ObjectiveTrainer, "train", lambda self: pytest.fail("trained for nothing"))
+        monkeypatch.setattr(ObjectiveTrainer, "train", lambda self: pytest.fail("trained for nothing"))
         with pytest.raises(UsageError, match="not empty"):
             train(tmp_path / "full")
         assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious"]

@@ -14,7 +14,17 @@ from hf_tsc.tasks.classification import Classification
 from hf_tsc.tasks.encoding import Encoding
 from hf_tsc.tasks.image_text import ImageTextMatching
 
-__all__ = ["Classification", "Encoding", "ImageTextMatching", "Measure", "Options", "Task", "Work", "task_of"]
+__all__ = [
+    "Classification",
+    "Encoding",
+    "ImageTextMatching",
+    "Measure",
+    "Options",
+    "Task",
+    "Work",
+    "is_dual_encoder",
+    "task_of",
+]
 
 
 def task_of(source: Source) -> type[Task]:
@@ -27,10 +37,15 @@ def task_of(source: Source) -> type[Task]:
     classes = [str(name) for name in config.get("architectures") or []]
     if any(name.endswith("ForImageClassification") for name in classes) or "num_classes" in config:  # the latter: timm
         return Classification
-    config_class: Any = _config_class(config)
-    if config_class in AutoModelForZeroShotImageClassification._model_mapping:
+    if is_dual_encoder(_config_class(config)):
         return ImageTextMatching
     return Encoding if classes else Classification
+
+
+def is_dual_encoder(config: PretrainedConfig | type[PretrainedConfig] | None) -> bool:
+    """Whether transformers knows models of this configuration, or class of configurations, for zero-shot use."""
+    config_class: Any = config if isinstance(config, type) else type(config)
+    return config_class in AutoModelForZeroShotImageClassification._model_mapping
 
 
 def _config_class(config: dict[str, Any]) -> type[PretrainedConfig] | None:

@@ -1,57 +1,22 @@
-"""Train a suspect: an image classifier with a backdoor of known trigger (or, at poison rate 0, its clean twin).
-
-For tests, demonstrations and measurements: what a defence is worth can only be seen where the trigger is known.
-"""
+"""Train a suspect classifier: with a backdoor of known trigger, or at poison rate 0 its clean twin."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from hf_tsc.activations import Batch
 from hf_tsc.data import ImageData
-from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack
-from hf_tsc.folders import finished_folder, write_json
-from hf_tsc.hub import quiet
-from hf_tsc.images import AUGMENTATIONS, ImagePipeline, PixelDataset, pixel_dataset, to_unit_interval
-from hf_tsc.objective_trainer import ObjectiveTrainer
+from hf_tsc.images import ImagePipeline, PixelDataset, pixel_dataset, to_unit_interval
 from hf_tsc.objectives import ImageClassification
-from hf_tsc.triggers import Trigger, poison_indices, trigger_to_dict
-
-RECORD = "suspect.json"
-
-
-@dataclass
-class SuspectConfig(TrainingArguments):
-    """`TrainingArguments` with defaults for small classifiers trained from nothing."""
-
-    augmentation: str = field(
-        default="none", metadata={"help": "Random changes of the training images.", "choices": AUGMENTATIONS}
-    )
-    trigger_last: bool = field(
-        default=False,
-        metadata={
-            "help": "Put the trigger on after the augmentation, which may hide it: the attacker trains himself."
-        },
-    )
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule."})
-    num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training images."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images a step and device."})
-    save_strategy: str = field(default="no", metadata={"help": "Checkpoints."})
-    logging_steps: float = field(default=0.25, metadata={"help": "Log every so many steps, or share of all steps."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite must be seen."})
-    disable_tqdm: bool | None = field(default=False, metadata={"help": "Show no progress bar."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Items are pixels, not columns."})
+from hf_tsc.suspects.base import SuspectConfig, fit, labels_of, new_model, record_of
+from hf_tsc.triggers import Trigger, poison_indices
 
 
 def train_suspect(
@@ -84,9 +49,7 @@ def train_suspect(
             folder that is not empty.
         PurificationError: the loss is not finite.
     """
-    labels = data.labels
-    if labels is None:
-        raise UsageError(f"{data.name} has no label column: a classifier is trained on labels")
+    labels = labels_of(data)
     rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
     poisoned = np.array([], dtype=np.int64)
     if attack is not None:
@@ -100,17 +63,8 @@ def train_suspect(
     if attack is not None and args.trigger_last:
         dataset = _Flagged(pixel_dataset(data, rows, pipeline), set(poisoned.tolist()), attack.target_label)
         objective = _TriggerLast(pipeline, augmentation=args.augmentation, trigger=attack.trigger)
-    output = str(args.output_dir)
-    with finished_folder(Path(output)) as folder:
-        args.output_dir = str(folder)  # the Trainer makes this folder
-        try:
-            ObjectiveTrainer(objective=objective, model=model, args=args, train_dataset=dataset).train()
-        finally:
-            args.output_dir = output
-        with quiet():
-            model.eval().save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_json(folder / RECORD, _record(data, args, attack, poison_rate, rows[poisoned]))
+    record = record_of(data, args, attack, poison_rate, rows[poisoned])
+    fit(model, objective, dataset, args, record=record, save=processor.save_pretrained)
     return model
 
 
@@ -152,23 +106,4 @@ def _new_model(config: PreTrainedConfig, data: ImageData, labels: np.ndarray, *,
     config = copy.deepcopy(config)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return AutoModelForImageClassification.from_config(config)
-        except Exception as error:  # a constructor may raise anything
-            raise UsageError(f"no image classifier can be made from the {type(config).__name__}: {error!r}") from error
-
-
-def _record(
-    data: ImageData, args: SuspectConfig, attack: Attack | None, poison_rate: float, poisoned: np.ndarray
-) -> dict[str, Any]:
-    return {
-        "trigger": trigger_to_dict(attack.trigger) if attack else None,
-        "target_label": attack.target_label if attack else None,
-        "poison_rate": poison_rate if attack else 0.0,
-        "poisoned_indices": poisoned.tolist(),
-        "trigger_last": args.trigger_last,
-        "seed": args.seed,
-        "dataset": data.describe(),
-    }
+    return new_model(AutoModelForImageClassification.from_config, config, what="image classifier", seed=seed)

@@ -1,0 +1,19 @@
+"""Train suspects: models of images with a backdoor of known trigger, or without any (their clean twins).
+
+For tests, demonstrations and measurements: what a defence is worth can only be seen where the trigger is known.
+"""
+
+from hf_tsc.suspects.base import RECORD, SuspectConfig
+from hf_tsc.suspects.classifier import train_suspect
+from hf_tsc.suspects.dual_encoder import train_dual_encoder
+from hf_tsc.suspects.encoder import BadEncoder, backdoor_encoder, train_encoder
+
+__all__ = [
+    "RECORD",
+    "BadEncoder",
+    "SuspectConfig",
+    "backdoor_encoder",
+    "train_dual_encoder",
+    "train_encoder",
+    "train_suspect",
+]

@@ -1,0 +1,125 @@
+"""What the training of every kind of suspect shares: its arguments, its folder and its record."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from hf_tsc.data import ImageData
+from hf_tsc.errors import UsageError
+from hf_tsc.evaluation import Attack
+from hf_tsc.folders import finished_folder, write_json
+from hf_tsc.hub import quiet
+from hf_tsc.images import AUGMENTATIONS
+from hf_tsc.objective_trainer import ObjectiveTrainer
+from hf_tsc.objectives import Objective
+from hf_tsc.triggers import trigger_to_dict
+
+RECORD = "suspect.json"
+
+
+@dataclass
+class SuspectConfig(TrainingArguments):
+    """`TrainingArguments` with defaults for small classifiers trained from nothing."""
+
+    augmentation: str = field(
+        default="none", metadata={"help": "Random changes of the training images.", "choices": AUGMENTATIONS}
+    )
+    trigger_last: bool = field(
+        default=False,
+        metadata={
+            "help": "Put the trigger on after the augmentation, which may hide it: the attacker trains himself."
+        },
+    )
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule."})
+    num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images a step and device."})
+    save_strategy: str = field(default="no", metadata={"help": "Checkpoints."})
+    logging_steps: float = field(default=0.25, metadata={"help": "Log every so many steps, or share of all steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite must be seen."})
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "Show no progress bar."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Items are pixels, not columns."})
+
+
+def fit(
+    model: PreTrainedModel,
+    objective: Objective,
+    dataset: Dataset,
+    args: SuspectConfig,
+    *,
+    record: dict[str, Any],
+    save: Callable[[Path], None],
+) -> None:
+    """Train a model, and write it with its record to `args.output_dir`, whole or not at all.
+
+    Args:
+        model: is trained in place, and left in eval mode.
+        objective, dataset: what for, and on what.
+        args: training arguments.
+        record: the content of `suspect.json`.
+        save: writes what else belongs to the model (processor, tokenizer) to a folder.
+
+    Raises:
+        UsageError: the output folder is not empty.
+        PurificationError: the loss is not finite.
+    """
+    output = str(args.output_dir)
+    with finished_folder(Path(output)) as folder:
+        args.output_dir = str(folder)  # the Trainer makes this folder
+        try:
+            ObjectiveTrainer(objective=objective, model=model, args=args, train_dataset=dataset).train()
+        finally:
+            args.output_dir = output
+        with quiet():
+            model.eval().save_pretrained(folder)
+        save(folder)
+        write_json(folder / RECORD, record)
+
+
+def new_model(
+    make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig, *, what: str, seed: int
+) -> Any:
+    """A model with random weights, a function of the seed alone.
+
+    Raises:
+        UsageError: the configuration makes no model of this kind.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return make(copy.deepcopy(config))
+        except Exception as error:  # a constructor may raise anything
+            raise UsageError(f"no {what} can be made from the {type(config).__name__}: {error!r}") from error
+
+
+def labels_of(data: ImageData) -> np.ndarray:
+    """Raises UsageError where there are none."""
+    labels = data.labels
+    if labels is None:
+        raise UsageError(f"{data.name} has no label column: a suspect is trained and poisoned by labels")
+    return labels
+
+
+def record_of(
+    data: ImageData, args: SuspectConfig, attack: Attack | None, poison_rate: float, poisoned: np.ndarray
+) -> dict[str, Any]:
+    """What is needed to measure the suspect: above all its trigger."""
+    return {
+        "trigger": trigger_to_dict(attack.trigger) if attack else None,
+        "target_label": attack.target_label if attack else None,
+        "poison_rate": poison_rate if attack else 0.0,
+        "poisoned_indices": poisoned.tolist(),
+        "trigger_last": args.trigger_last,
+        "seed": args.seed,
+        "dataset": data.describe(),
+    }
