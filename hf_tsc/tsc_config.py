@@ -22,7 +22,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
 }
 CLASSIFYING = ("cross_entropy", "distillation")
-OBJECTIVES = (*CLASSIFYING, "simclr", "image_text")
+PAIRWISE = ("simclr", "image_text")  # these compare the items of a batch with each other
+OBJECTIVES = (*CLASSIFYING, *PAIRWISE)
 
 # Published hyper-parameters for supervised models (hf.co/papers/2506.07467), and every Trainer default that differs.
 PAPER_PRESET: dict[str, Any] = {

@@ -222,7 +222,7 @@ class TestLines:
         assert rates[0]["paths"] != rates[1]["paths"]
 
     def test_the_suspect_is_measured_on_its_rows(self, finished):
-        model = suspects.load(finished.plan.suspects[0], finished.suspect.parent)
+        _, model = suspects.load(finished.plan.suspects[0], finished.suspect.parent)
         line = finished.lines[1]
         assert not model.training
         for name, n in (("select", 60), ("report", 80)):
@@ -240,7 +240,7 @@ class TestLines:
     @pytest.mark.parametrize("t", [0, 1])
     def test_retuned(self, finished, images, t):
         """The ends of the line, made by hand, under the attack with the suspect's own rows, measured on `report`."""
-        model = suspects.load(finished.plan.suspects[0], finished.suspect.parent)
+        _, model = suspects.load(finished.plan.suspects[0], finished.suspect.parent)
         attack, pipeline, cell = Attack(BadNets(), 0), ImagePipeline(processor()), finished.plan.cells[1]
         if t == 1:
             clean = pixel_dataset(images.train, images.clean_rows(cell).train, pipeline)
@@ -665,3 +665,105 @@ class TestCommand:
 def test_plan_of_these_tests():
     """It is JSON as well as YAML: no number of it is read as a text."""
     assert yaml.safe_load(yaml.safe_dump(CONTENT)) == json.loads(json.dumps(CONTENT)) == CONTENT
+
+
+TEXT = {
+    "hidden_size": 10,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 9,
+    "max_position_embeddings": 16,
+}
+PAIRWISE = {**QUICK, "num_train_epochs": 1, "augmentation": "simclr", "dataloader_drop_last": True}
+OTHER_MODELS = {
+    "encoder": {
+        "kind": "encoder",
+        "config": RESNET,
+        "image_size": 8,
+        "suspect": PAIRWISE,
+        "bad_encoder": {**QUICK, "augmentation": "crop"},
+    },
+    "clip": {
+        "kind": "dual_encoder",
+        "config": {
+            "model_type": "clip",
+            "text_config": TEXT,
+            "vision_config": {key: v for key, v in TRANSFORMER.items() if key != "num_labels"},
+            "projection_dim": 7,
+        },
+        "image_size": 8,
+        "suspect": {**PAIRWISE, "augmentation": "none"},
+    },
+}
+OTHER_ATTACKS = {
+    "ctrl": {"trigger": {"name": "ctrl"}, "target_label": 0, "poison_rate": 0.05},
+    "tuned": {"trigger": {"name": "square"}, "target_label": 0, "poison_rate": 0, "method": "bad_encoder"},
+    "badnets": ATTACK,
+    "clean": {**ATTACK, "poison_rate": 0},
+}
+
+
+class TestOtherKinds:
+    """Encoders and dual encoders: probes and prompts in place of a classifier."""
+
+    def plan(self, *groups, **changes) -> Plan:
+        content = {**content_of(*groups), "models": OTHER_MODELS, "attacks": OTHER_ATTACKS}
+        return Plan.from_dict({**content, **changes})
+
+    @pytest.mark.parametrize(
+        ("model", "attack", "objective"),
+        [("encoder", "ctrl", "simclr"), ("encoder", "tuned", "distillation"), ("clip", "badnets", "image_text")],
+    )
+    def test_a_line_of_each_method(self, tmp_path, images, model, attack, objective):
+        on = {"group": "g", "models": [model], "attacks": [attack], "seeds": [0], "report": [1]}
+        groups = [{**group, **on} for group in (TSC, TUNING)]
+        for group in groups:
+            group["settings"] = {**group["settings"], "objective": objective, "augmentation": "crop"}
+        plan = self.plan(*groups)
+        run_plan(plan, images, results=tmp_path / "lines", cache=tmp_path / "cache", say=lambda text: None)
+        lines = read_lines(tmp_path / "lines")
+        assert sorted(line["method"] for line in lines) == ["fine_tuning", "tsc"]
+        for line in lines:
+            assert line["arguments"]["objective"] == objective
+            for place, count in (("select", 60), ("report", 80)):
+                assert line["before"][place]["n"] == count
+                assert 0 < line["before"][place]["accuracy"] <= 1
+            points = line["paths"][-1]["points"]
+            assert all(0 <= point["held_out"]["score"] <= 1 for point in points)
+            assert all("attack_success_rate" in point["select"] for point in points)
+        assert estimate_seconds(plan.cells, [], images, tmp_path / "cache")["suspects"] == 0
+
+    def test_a_bad_encoder_starts_from_the_clean_twin(self, tmp_path, images):
+        cell = {**TUNING, "group": "g", "models": ["encoder"], "attacks": ["tuned"]}
+        cell["settings"] = {**cell["settings"], "objective": "distillation"}
+        plan = self.plan(cell)
+        run_plan(plan, images, results=tmp_path / "lines", cache=tmp_path / "cache", say=lambda text: None)
+        (folder,) = (tmp_path / "cache").iterdir()
+        assert sorted(path.name.split("-")[1] for path in folder.iterdir()) == ["clean", "tuned"]
+
+    @pytest.mark.parametrize(
+        ("cell", "changes", "message"),
+        [
+            ({"retune": [1]}, {}, "the re-tuning attack is for classifiers"),
+            ({"models": ["clip"], "attacks": ["tuned"]}, {}, "attack tuned is for encoders, and clip is none"),
+            (
+                {"attacks": ["tuned"]},
+                {"attacks": {"tuned": OTHER_ATTACKS["tuned"]}},
+                "starts from a clean encoder: add an attack with poison_rate 0",
+            ),
+            (
+                {},
+                {"models": {"encoder": {**OTHER_MODELS["encoder"], "kind": "nope"}}},
+                "of kind 'nope': expected one of",
+            ),
+            (
+                {"attacks": ["odd"]},
+                {"attacks": {"odd": {**ATTACK, "method": "magic"}}},
+                "method 'magic' of attack odd: expected poison or bad_encoder",
+            ),
+        ],
+    )
+    def test_refused(self, cell, changes, message):
+        group = {**TUNING, "group": "g", "models": ["encoder"], "attacks": ["ctrl"], **cell}
+        with pytest.raises(ValueError, match=message):
+            self.plan(group, **changes)

@@ -16,9 +16,9 @@ from hf_tsc.errors import UsageError
 from hf_tsc.functional import tensors_of
 from hf_tsc.images import AUGMENTATIONS, PixelDataset
 from hf_tsc.objective_trainer import ObjectiveTrainer
-from hf_tsc.objectives import ImageClassification
+from hf_tsc.objectives import ImageClassification, Objective
 from hf_tsc.permutation import Params
-from hf_tsc.tsc_config import CLASSIFYING
+from hf_tsc.tsc_config import OBJECTIVES, PAIRWISE
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class FineTuning:
     augmentation: str = "none"
 
     def __post_init__(self) -> None:
-        if self.objective not in CLASSIFYING:
-            raise UsageError(f"objective={self.objective!r}: expected one of {', '.join(CLASSIFYING)}")
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"objective={self.objective!r}: expected one of {', '.join(OBJECTIVES)}")
         if self.augmentation not in AUGMENTATIONS:
             raise UsageError(f"augmentation={self.augmentation!r}: expected one of {', '.join(AUGMENTATIONS)}")
         for name in ("steps", "batch_size"):
@@ -52,15 +52,22 @@ class FineTuning:
 
 
 def fine_tune(
-    suspect: PreTrainedModel, dataset: PixelDataset, settings: FineTuning, *, seed: int, use_cpu: bool = False
+    suspect: PreTrainedModel,
+    dataset: PixelDataset,
+    settings: FineTuning,
+    *,
+    seed: int,
+    objective: Objective | None = None,
+    use_cpu: bool = False,
 ) -> PreTrainedModel:
-    """Train a classifier on, from where it is.
+    """Train a model on, from where it is.
 
     Args:
         suspect: is copied and not changed; it also teaches, where `settings.objective` is `distillation`.
         dataset: the images to train on.
         settings: how.
         seed: of order and augmentation.
+        objective: of models that are no classifiers; by default classification, as the settings say.
         use_cpu: train on the CPU, whatever there is.
 
     Returns:
@@ -70,13 +77,14 @@ def fine_tune(
         PurificationError: the loss is not finite.
     """
     model = copy.deepcopy(suspect).requires_grad_(True)
-    objective = ImageClassification(
-        dataset.pipeline,
-        augmentation=settings.augmentation,
-        teacher=suspect if settings.objective == "distillation" else None,
-        temperature=settings.temperature,
-        mixup_alpha=settings.mixup_alpha,
-    )
+    if objective is None:
+        objective = ImageClassification(
+            dataset.pipeline,
+            augmentation=settings.augmentation,
+            teacher=suspect if settings.objective == "distillation" else None,
+            temperature=settings.temperature,
+            mixup_alpha=settings.mixup_alpha,
+        )
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
@@ -88,6 +96,7 @@ def fine_tune(
             weight_decay=settings.weight_decay,
             max_grad_norm=0.0,
             per_device_train_batch_size=settings.batch_size,
+            dataloader_drop_last=settings.objective in PAIRWISE,
             remove_unused_columns=False,
             save_strategy="no",
             logging_strategy="no",

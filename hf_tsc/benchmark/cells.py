@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,24 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 
+from hf_tsc.baselines.fine_tuning import FineTuning
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
 from hf_tsc.benchmark.methods import METHODS, Point, Task
 from hf_tsc.benchmark.plan import Cell
-from hf_tsc.benchmark.suspects import attack_of, load
+from hf_tsc.benchmark.suspects import TASKS, attack_of, load
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
-from hf_tsc.evaluation import Evaluator
+from hf_tsc.evaluation import Evaluator, Reader, read_logits
 from hf_tsc.functional import call_at
-from hf_tsc.images import ImagePipeline, PixelDataset, collate, pixel_dataset
+from hf_tsc.hub import load_tokenizer
+from hf_tsc.images import ImagePipeline, collate, pixel_dataset
 from hf_tsc.objectives import Forward, ImageClassification
 from hf_tsc.permutation import Params
+from hf_tsc.readers import LinearProbe
 from hf_tsc.report import environment
 from hf_tsc.retuning import Retuning, retune
+from hf_tsc.tasks import Classification, Options, Work
+from hf_tsc.tasks.image_text import zero_shot_reader
+from hf_tsc.tsc_config import TSCConfig
 
 Measures = dict[str, Any]
 
@@ -40,8 +46,7 @@ def run_cell(cell: Cell, images: BenchmarkImages, cache: Path) -> dict[str, Any]
     """
     started = time.monotonic()
     set_seed(cell.seed)
-    suspect = load(cell.suspect, cache)
-    bench = _Bench(cell, images, suspect)
+    bench = _Bench(cell, images, cache)
     line: dict[str, Any] = {**cell.describe(), "images": images.hash, "before": bench.suspect_measures()}
     paths: list[dict[str, Any]] = []
     measuring = 0.0
@@ -68,22 +73,39 @@ def run_cell(cell: Cell, images: BenchmarkImages, cache: Path) -> dict[str, Any]
 class _Bench:
     """A suspect with the images it is measured on."""
 
-    def __init__(self, cell: Cell, images: BenchmarkImages, suspect: PreTrainedModel):
-        self.cell, self.images, self.suspect = cell, images, suspect
-        made = processor(cell.suspect)
+    def __init__(self, cell: Cell, images: BenchmarkImages, cache: Path):
+        self.cell, self.images = cell, images
+        source, self.suspect = load(cell.suspect, cache)
+        made, rows = processor(cell.suspect), images.clean_rows(cell)
         self.pipeline = ImagePipeline(made)
-        rows = images.clean_rows(cell)
-        train, held_out = (pixel_dataset(images.train, part, self.pipeline) for part in (rows.train, rows.held_out))
-        self.task = Task(suspect, made, train, held_out, cell.seed)
-        self.objective = ImageClassification(self.pipeline)
-        options: dict[str, Any] = {
-            "attack": attack_of(cell.suspect),
-            "num_classes": suspect.config.num_labels,
-        }
+        config = _loss_config(cell, self.suspect)
+        work = Work(source, self.suspect, images.train, rows, self.pipeline, config, Options())
+        task = TASKS[cell.suspect.kind](work)
+        train, held_out = task.items(rows.train), task.items(rows.held_out)
+        classifier = isinstance(task, Classification)
+        self.task = Task(
+            self.suspect,
+            made,
+            train,
+            held_out,
+            cell.seed,
+            objective=None if classifier else task.objective_of,
+            objectives=task.objectives,
+        )
+        options: dict[str, Any] = {"attack": attack_of(cell.suspect), "num_classes": _classes(images)}
+        options["reader"] = _reader(cell, images, work)
         self.evaluators = {
             name: Evaluator(images.test, self.pipeline, indices=rows_of(cell.rows[name]), **options)
             for name in ("select", "report")
         }
+        self.on_held_out: Callable[[Forward], Measures]
+        if classifier:
+            objective = ImageClassification(self.pipeline)
+            self.on_held_out = lambda forward: objective.evaluate(forward, _batches(self.task.held_out))
+        else:
+            reading = {"num_classes": _classes(images), "reader": options["reader"]}
+            measured = Evaluator(images.train, self.pipeline, indices=rows.held_out, **reading)
+            self.on_held_out = lambda forward: {"score": measured.clean_accuracy(forward)}
 
     def suspect_measures(self) -> Measures:
         return {
@@ -134,13 +156,42 @@ class _Bench:
         return _rounded(self.evaluators[name](forward).to_dict())
 
     def _held_out(self, forward: Forward) -> Measures:
-        return _rounded(self.objective.evaluate(forward, _batches(self.task.held_out)))
+        return _rounded(self.on_held_out(forward))
 
 
-def _batches(dataset: PixelDataset) -> Iterable[Any]:
+def _batches(dataset: Any) -> Iterable[Any]:
     loader: Any = DataLoader(dataset, batch_size=128, collate_fn=collate, generator=torch.Generator())
     return loader
 
 
 def _rounded(measures: Measures) -> Measures:
     return {key: float(np.round(value, 6)) if isinstance(value, float) else value for key, value in measures.items()}
+
+
+def _loss_config(cell: Cell, suspect: PreTrainedModel) -> TSCConfig:
+    """The settings of a cell, as far as they make a loss, with the defaults that its method would take."""
+    objectives = TASKS[cell.suspect.kind].objectives
+    known = {"objective", "augmentation", "temperature", "mixup_alpha", "per_device_train_batch_size"}
+    given = {name: value for name, value in cell.settings.items() if name in known}
+    if cell.method == "fine_tuning":
+        given["per_device_train_batch_size"] = cell.settings.get("batch_size", FineTuning.batch_size)
+        given.setdefault("objective", FineTuning.objective)
+    return TSCConfig.for_model(
+        suspect, objectives=objectives, output_dir="unused", seed=cell.seed, use_cpu=True, **given
+    )
+
+
+def _reader(cell: Cell, images: BenchmarkImages, work: Work) -> Reader:
+    """Reads classes off the networks of a cell: a probe is fitted on the rows that suspects are trained on, clean."""
+    if cell.suspect.kind == "encoder":
+        rows = np.random.default_rng(cell.seed).permutation(rows_of(cell.rows["suspect"]))[: work.options.probe_images]
+        return LinearProbe(pixel_dataset(images.train, np.sort(rows), work.pipeline))
+    if cell.suspect.kind == "dual_encoder":
+        names = images.train.class_names or []
+        return zero_shot_reader(work.model, load_tokenizer(work.source), names, work.options.templates)
+    return read_logits
+
+
+def _classes(images: BenchmarkImages) -> int:
+    labels: Any = images.train.labels
+    return int(labels.max()) + 1

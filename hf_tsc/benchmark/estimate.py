@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig
 
 from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.plan import Cell, SuspectPlan
-from hf_tsc.benchmark.suspects import is_trained
+from hf_tsc.benchmark.suspects import TASKS, is_trained
+from hf_tsc.derive import example_inputs
 
 PROBE_BATCH, PROBE_STEPS = 64, 3
 DEFAULT_TSC_STEPS = 1000  # where a cell's settings name no number of steps
@@ -70,13 +71,13 @@ def _seconds_per_image(plan: SuspectPlan) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(**plan.config))
-        pixels = torch.rand(PROBE_BATCH, 3, plan.image_size, plan.image_size)
-        labels = torch.zeros(PROBE_BATCH, dtype=torch.int64)
+        model = TASKS[plan.kind].auto_class.from_config(AutoConfig.for_model(**plan.config))
+        inputs = example_inputs(model, batch_size=PROBE_BATCH)
+        inputs["pixel_values"] = torch.rand(PROBE_BATCH, 3, plan.image_size, plan.image_size)
         times = []
         for _ in range(PROBE_STEPS):
             start = time.perf_counter()
-            model(pixel_values=pixels, labels=labels).loss.backward()
+            model(**inputs)[0].sum().backward()
             times.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ point of the curve before (1).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -22,9 +22,11 @@ from hf_tsc.activations import Batch
 from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune, interpolate
 from hf_tsc.curve_result import CurveResult
 from hf_tsc.errors import UsageError
-from hf_tsc.images import PixelDataset, collate
+from hf_tsc.images import collate
+from hf_tsc.objectives import ImageClassification, Objective
 from hf_tsc.permutation import Params
-from hf_tsc.tsc_config import TSCConfig, reported_arguments
+from hf_tsc.tasks import LossSettings
+from hf_tsc.tsc_config import CLASSIFYING, TSCConfig, reported_arguments
 from hf_tsc.tsc_trainer import TSCTrainer
 
 PERMUTATIONS = ("matched", "identity", "random")
@@ -35,13 +37,19 @@ Visit = Callable[[str, bool, Point, float], None]
 
 @dataclass(frozen=True)
 class Task:
-    """What a method works on."""
+    """What a method works on.
+
+    `objective` makes what is trained for, of the method's settings; None for classifiers, which the methods know.
+    `objectives` names those that fit.
+    """
 
     suspect: PreTrainedModel
     processor: Any
-    train: PixelDataset
-    held_out: PixelDataset
+    train: Any
+    held_out: Any
     seed: int
+    objective: Callable[[LossSettings], Objective] | None = None
+    objectives: Sequence[str] = CLASSIFYING
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,14 @@ def _fine_tuning(settings: dict[str, Any]) -> FineTuning:
 def run_fine_tuning(task: Task, settings: dict[str, Any], visit: Visit) -> Outcome:
     """Fine-tune, and visit the line back to the suspect."""
     chosen = _fine_tuning(settings)
-    tuned = fine_tune(task.suspect, task.train, chosen, seed=task.seed, use_cpu=True)
-    visit("interpolation", True, lambda alpha: interpolate(task.suspect, tuned, alpha, _clean_batches(task)), 1.0)
+    objective = task.objective(chosen) if task.objective is not None else None
+    tuned = fine_tune(task.suspect, task.train, chosen, seed=task.seed, objective=objective, use_cpu=True)
+    inputs = ImageClassification(task.train.pipeline) if objective is None else objective
+
+    def point(alpha: float) -> Params:
+        return interpolate(task.suspect, tuned, alpha, _clean_batches(task, inputs))
+
+    visit("interpolation", True, point, 1.0)
     return Outcome(chosen.steps, asdict(chosen))
 
 
@@ -92,7 +106,12 @@ def run_tsc(task: Task, settings: dict[str, Any], visit: Visit) -> Outcome:
             options.setdefault("sweep_points", 3)  # the trainer's own sweep is not needed
         quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "report_to": "none"}
         config = TSCConfig.for_model(
-            task.suspect, output_dir=folder, seed=task.seed, use_cpu=True, **{**options, **quiet}
+            task.suspect,
+            objectives=task.objectives,
+            output_dir=folder,
+            seed=task.seed,
+            use_cpu=True,
+            **{**options, **quiet},
         )
         trainer = _VisitingTrainer(
             task.suspect,
@@ -100,6 +119,7 @@ def run_tsc(task: Task, settings: dict[str, Any], visit: Visit) -> Outcome:
             train_dataset=task.train,
             eval_dataset=task.held_out,
             processing_class=task.processor,
+            objective=task.objective(config) if task.objective is not None else None,
             visit=visit,
             permutation=permutation,
         )
@@ -142,7 +162,6 @@ class _VisitingTrainer(TSCTrainer):
         }
 
 
-def _clean_batches(task: Task) -> Iterator[Batch]:
+def _clean_batches(task: Task, objective: Objective) -> Iterator[Batch]:
     loader: Any = DataLoader(task.train, batch_size=128, collate_fn=collate, generator=torch.Generator())
-    for batch in loader:
-        yield {"pixel_values": task.train.pipeline.model_input(batch["pixels"])}
+    return (objective.model_inputs(batch) for batch in loader)

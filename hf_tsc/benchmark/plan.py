@@ -13,9 +13,12 @@ A plan is a YAML file:
         image_size: 32
         suspect: {num_train_epochs: 20}         # arguments of SuspectConfig
         retuning: {learning_rate: 0.01}         # arguments of Retuning
+        kind: classifier                        # or encoder, dual_encoder
+        bad_encoder: {num_train_epochs: 5}      # of an encoder: arguments of SuspectConfig for such attacks
     attacks:
       badnets: {trigger: {name: badnets}, target_label: 0, poison_rate: 0.1}
       clean: {trigger: {name: badnets}, target_label: 0, poison_rate: 0}      # the clean twin
+      tuned: {trigger: {name: square}, target_label: 0, poison_rate: 0, method: bad_encoder}  # tunes the clean twin
     cells:
       - group: rates            # a name for tables
         models: [resnet]
@@ -52,13 +55,18 @@ from hf_tsc.retuning import Retuning
 from hf_tsc.suspects import SuspectConfig
 from hf_tsc.triggers import trigger_from_dict
 
+BAD_ENCODER = "bad_encoder"
+KINDS = ("classifier", "encoder", "dual_encoder")
 ROWS = ("suspect", "clean", "select", "report")
 EVERY_TENTH = tuple(k / 10 for k in range(11))
 
 
 @dataclass(frozen=True)
 class SuspectPlan:
-    """A suspect that is trained once: everything that its weights depend on, but the images themselves."""
+    """A suspect that is trained once: everything that its weights depend on, but the images themselves.
+
+    `start` is the clean encoder that a BadEncoder is made of.
+    """
 
     model: str
     attack: str
@@ -70,13 +78,17 @@ class SuspectPlan:
     poison_rate: float
     arguments: dict[str, Any]
     rows: tuple[int, int]
+    kind: str = "classifier"
+    start: SuspectPlan | None = None
 
     @property
     def id(self) -> str:
         return f"{self.model}-{self.attack}-{self.seed}-{_digest(self._content())}"
 
     def _content(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("model", "attack")}
+        plain = ("model", "attack", *(["kind"] if self.kind == "classifier" else []))
+        content = {key: value for key, value in vars(self).items() if key not in (*plain, "start")}
+        return content | ({"start": self.start.id} if self.start is not None else {})
 
 
 @dataclass(frozen=True)
@@ -163,9 +175,11 @@ class Plan:
             if max(rows[one][0], rows[other][0]) < min(rows[one][1], rows[other][1]):
                 raise ValueError(f"rows of {one} and {other} overlap")
         for name, architecture in content["models"].items():
-            _check_keys(architecture, {"config", "image_size", "suspect", "retuning"}, f"model {name}")
+            known = {"config", "image_size", "suspect", "retuning", "kind", "bad_encoder"}
+            _check_keys(architecture, known, f"model {name}")
+            _check_kind(architecture.get("kind", KINDS[0]), f"model {name}")
         for name, attack in content["attacks"].items():
-            _check_keys(attack, {"trigger", "target_label", "poison_rate"}, f"attack {name}")
+            _check_keys(attack, {"trigger", "target_label", "poison_rate", "method"}, f"attack {name}")
         cells = [cell for entry in content["cells"] for cell in _cells(entry, content, rows)]
         seen: dict[str, Cell] = {}
         for cell in cells:
@@ -209,10 +223,17 @@ def _check(cell: Cell) -> None:
         raise ValueError(f"budget {cell.budget}: the rows of clean are {last - first} images")
     if not 0 < cell.held_out < 1:
         raise ValueError(f"held_out {cell.held_out}: expected a share between 0 and 1")
+    if cell.retune and cell.suspect.kind != KINDS[0]:
+        raise ValueError(f"retune {list(cell.retune)}: the re-tuning attack is for classifiers")
     first, last = cell.suspect.rows
     if cell.retune and Retuning(**cell.retuning).images > last - first:
         raise ValueError(f"re-tuning draws {Retuning(**cell.retuning).images} of the {last - first} rows of suspect")
     check_settings(cell.method, cell.settings)
+
+
+def _check_kind(kind: str, what: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"{what} is of kind {kind!r}: expected one of {', '.join(KINDS)}")
 
 
 def _check_keys(content: Mapping[str, Any], known: set[str], what: str) -> None:
@@ -229,6 +250,13 @@ def _suspect(content: Mapping[str, Any], model: str, attack: str, seed: int, row
     AutoConfig.for_model(**architecture["config"])
     SuspectConfig(output_dir="unused", use_cpu=True, **architecture.get("suspect", {}))
     Retuning(**architecture.get("retuning", {}))
+    kind, arguments, start = architecture.get("kind", KINDS[0]), architecture.get("suspect", {}), None
+    if poisoning.get("method", "poison") == BAD_ENCODER:
+        start = _start(content, model, attack, seed, rows)
+        arguments = architecture.get(BAD_ENCODER, {})
+        SuspectConfig(output_dir="unused", use_cpu=True, **arguments)
+    elif "method" in poisoning and poisoning["method"] != "poison":
+        raise ValueError(f"method {poisoning['method']!r} of attack {attack}: expected poison or {BAD_ENCODER}")
     return SuspectPlan(
         model=model,
         attack=attack,
@@ -238,9 +266,21 @@ def _suspect(content: Mapping[str, Any], model: str, attack: str, seed: int, row
         trigger=poisoning["trigger"],
         target_label=int(poisoning["target_label"]),
         poison_rate=float(poisoning["poison_rate"]),
-        arguments=architecture.get("suspect", {}),
+        arguments=arguments,
         rows=rows,
+        kind=kind,
+        start=start,
     )
+
+
+def _start(content: Mapping[str, Any], model: str, attack: str, seed: int, rows: tuple[int, int]) -> SuspectPlan:
+    """The clean encoder that a BadEncoder tunes: the plan's attack without poison."""
+    if content["models"][model].get("kind") != "encoder":
+        raise ValueError(f"attack {attack} is for encoders, and {model} is none")
+    for name, other in content["attacks"].items():
+        if float(other["poison_rate"]) == 0 and "method" not in other:
+            return _suspect(content, model, name, seed, rows)
+    raise ValueError(f"attack {attack} starts from a clean encoder: add an attack with poison_rate 0")
 
 
 def _range(value: Any, name: str) -> tuple[int, int]:

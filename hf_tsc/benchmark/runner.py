@@ -129,9 +129,16 @@ def _next(waiting: list[Cell], running: Iterable[Cell | SuspectPlan], cache: Pat
         if is_trained(cell.suspect, cache):
             waiting.remove(cell)
             return cell
-        if missing is None and cell.suspect.id not in in_training:
-            missing = cell.suspect
+        wanted = _first_missing(cell.suspect, cache)
+        if missing is None and wanted.id not in in_training:
+            missing = wanted
     return missing
+
+
+def _first_missing(suspect: SuspectPlan, cache: Path) -> SuspectPlan:
+    """The suspect, or the encoder that it is made of."""
+    start = suspect.start
+    return start if start is not None and not is_trained(start, cache) else suspect
 
 
 def _submit(

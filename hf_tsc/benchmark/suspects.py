@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
 from hf_tsc.benchmark.plan import SuspectPlan
 from hf_tsc.evaluation import Attack
 from hf_tsc.folders import write_json
-from hf_tsc.hub import load_model, resolve_model
-from hf_tsc.suspects import RECORD, SuspectConfig, train_suspect
+from hf_tsc.hub import Source, load_model, resolve_model
+from hf_tsc.suspects import (
+    RECORD,
+    SuspectConfig,
+    backdoor_encoder,
+    train_dual_encoder,
+    train_encoder,
+    train_suspect,
+)
+from hf_tsc.tasks import Classification, Encoding, ImageTextMatching, Task
 from hf_tsc.triggers import trigger_from_dict
 
 TIMES = "times.json"
+TASKS: dict[str, type[Task]] = {"classifier": Classification, "encoder": Encoding, "dual_encoder": ImageTextMatching}
+TRAINERS: dict[str, Callable[..., PreTrainedModel]] = {
+    "classifier": train_suspect,
+    "encoder": train_encoder,
+    "dual_encoder": train_dual_encoder,
+}
 
 
 def suspect_folder(plan: SuspectPlan, cache: Path) -> Path:
@@ -40,20 +55,22 @@ def train(plan: SuspectPlan, images: BenchmarkImages, cache: Path) -> None:
         return
     started, folder = time.monotonic(), suspect_folder(plan, cache)
     options: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
-    train_suspect(
-        AutoConfig.for_model(**plan.config),
-        processor(plan),
-        images.train,
-        args=SuspectConfig(output_dir=str(folder), seed=plan.seed, **{**options, **plan.arguments}),
-        attack=attack_of(plan) if plan.poison_rate > 0 else None,
-        poison_rate=plan.poison_rate,
-        indices=rows_of(plan.rows),
-    )
+    args = SuspectConfig(output_dir=str(folder), seed=plan.seed, **{**options, **plan.arguments})
+    made, rows = processor(plan), rows_of(plan.rows)
+    if plan.start is not None:
+        train(plan.start, images, cache)
+        _, clean = load(plan.start, cache)
+        backdoor_encoder(clean, made, images.train, args=args, attack=attack_of(plan), indices=rows)
+    else:
+        attack = attack_of(plan) if plan.poison_rate > 0 else None
+        config = AutoConfig.for_model(**plan.config)
+        how: dict[str, Any] = {"args": args, "attack": attack, "poison_rate": plan.poison_rate, "indices": rows}
+        TRAINERS[plan.kind](config, made, images.train, **how)
     write_json(folder / TIMES, {"seconds": round(time.monotonic() - started, 1), "threads": torch.get_num_threads()})
 
 
-def load(plan: SuspectPlan, cache: Path) -> PreTrainedModel:
-    """A trained suspect in eval mode."""
+def load(plan: SuspectPlan, cache: Path) -> tuple[Source, PreTrainedModel]:
+    """A trained suspect in eval mode, and where it is."""
     source = resolve_model(str(suspect_folder(plan, cache)), local=True)
-    model, _ = load_model(source, auto_class=AutoModelForImageClassification)
-    return model.eval()
+    model, _ = load_model(source, auto_class=TASKS[plan.kind].auto_class)
+    return source, model.eval()

@@ -47,6 +47,19 @@ class Work:
     options: Options
 
 
+class LossSettings(Protocol):
+    """What an objective takes of the settings of a training, named as in `TSCConfig`."""
+
+    @property
+    def objective(self) -> str: ...
+    @property
+    def augmentation(self) -> str: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def mixup_alpha(self) -> float: ...
+
+
 class Measure(Protocol):
     """What some images say of a network. Fractions."""
 
@@ -103,9 +116,13 @@ class Task(ABC):
     def items(self, rows: np.ndarray) -> Dataset:
         """Items of some rows of the clean data, as the objective wants them."""
 
-    @abstractmethod
     def objective(self) -> Objective:
         """What the curves are trained for."""
+        return self.objective_of(self.work.config)
+
+    @abstractmethod
+    def objective_of(self, settings: LossSettings) -> Objective:
+        """The objective that some settings describe."""
 
     @abstractmethod
     def measure(self, data: ImageData, rows: np.ndarray | None, attack: Attack | None) -> Measure | None:

@@ -13,7 +13,7 @@ from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.hub import Source
 from hf_tsc.images import pixel_dataset
 from hf_tsc.objectives import ImageClassification, Objective
-from hf_tsc.tasks.base import Task, Work
+from hf_tsc.tasks.base import LossSettings, Task, Work
 from hf_tsc.tasks.classes import check_labels, class_names
 
 DISTILLED_TRANSFORMER = (
@@ -57,14 +57,13 @@ class Classification(Task):
     def items(self, rows: np.ndarray) -> Dataset:
         return pixel_dataset(self.work.data, rows, self.work.pipeline)
 
-    def objective(self) -> Objective:
-        config = self.work.config
+    def objective_of(self, settings: LossSettings) -> Objective:
         return ImageClassification(
             self.work.pipeline,
-            augmentation=config.augmentation,
-            teacher=self.work.model if config.objective == "distillation" else None,
-            temperature=config.temperature,
-            mixup_alpha=config.mixup_alpha,
+            augmentation=settings.augmentation,
+            teacher=self.work.model if settings.objective == "distillation" else None,
+            temperature=settings.temperature,
+            mixup_alpha=settings.mixup_alpha,
             score_name="accuracy" if self.work.data.label_column is not None else "agreement",
         )
 

@@ -15,7 +15,7 @@ from hf_tsc.hub import Source
 from hf_tsc.images import pixel_dataset
 from hf_tsc.objectives import FeatureDistillation, Objective, ProjectionHead, SimCLR, features_of
 from hf_tsc.readers import LinearProbe
-from hf_tsc.tasks.base import Task, Work
+from hf_tsc.tasks.base import LossSettings, Task, Work
 
 
 class Encoding(Task):
@@ -44,17 +44,16 @@ class Encoding(Task):
     def items(self, rows: np.ndarray) -> Dataset:
         return pixel_dataset(self.work.data, rows, self.work.pipeline)
 
-    def objective(self) -> Objective:
-        work = self.work
-        if work.config.objective == "distillation":
-            augmentation, mixup = work.config.augmentation, work.config.mixup_alpha
+    def objective_of(self, settings: LossSettings) -> Objective:
+        work, augmentation = self.work, settings.augmentation
+        if settings.objective == "distillation":
+            mixup = settings.mixup_alpha
             return FeatureDistillation(work.pipeline, work.model, augmentation=augmentation, mixup_alpha=mixup)
         with torch.no_grad():
             pixels = example_inputs(work.model)["pixel_values"].to(work.model.device)
             features = features_of(work.model, pixels).shape[1]
         head = ProjectionHead(features, seed=work.config.seed)
-        temperature, augmentation = work.config.temperature, work.config.augmentation
-        return SimCLR(work.pipeline, head=head, temperature=temperature, augmentation=augmentation)
+        return SimCLR(work.pipeline, head=head, temperature=settings.temperature, augmentation=augmentation)
 
     def measure(self, data: ImageData, rows: np.ndarray | None, attack: Attack | None) -> Evaluator | None:
         """By a probe that is fitted on clean images that the purification does not see."""

@@ -22,7 +22,7 @@ from hf_tsc.hub import Source, load_tokenizer
 from hf_tsc.images import ImagePipeline, collate, pixel_dataset
 from hf_tsc.objectives import Captions, Forward, ImageText, Objective
 from hf_tsc.readers import ZeroShot, image_embeddings, text_embeddings
-from hf_tsc.tasks.base import Task, Work
+from hf_tsc.tasks.base import LossSettings, Task, Work
 from hf_tsc.tasks.encoding import check_pairs
 
 
@@ -65,11 +65,9 @@ class ImageTextMatching(Task):
         images = pixel_dataset(self.work.data, rows, self.work.pipeline)
         return CaptionedImages(images, [self.by_row[row] for row in rows])
 
-    def objective(self) -> Objective:
+    def objective_of(self, settings: LossSettings) -> Objective:
         sigmoid = hasattr(self.work.model, "logit_bias")
-        return ImageText(
-            self.work.pipeline, self.captions, sigmoid=sigmoid, augmentation=self.work.config.augmentation
-        )
+        return ImageText(self.work.pipeline, self.captions, sigmoid=sigmoid, augmentation=settings.augmentation)
 
     def measure(self, data: ImageData, rows: np.ndarray | None, attack: Attack | None) -> MatchingMeasure | None:
         work = self.work
@@ -92,6 +90,15 @@ def tokenised(table: CaptionTable, model: PreTrainedModel, tokenizer: Any) -> Ca
     """All texts of a table, as long as the text tower takes them."""
     length = min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length)
     return table.tokenise(tokenizer, length, inspect.signature(model.forward).parameters)
+
+
+def zero_shot_reader(
+    model: PreTrainedModel, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str]
+) -> ZeroShot:
+    """Reads classes by prompts made of their names."""
+    table = CaptionTable()
+    numbers = [table.add(prompts(name, templates)) for name in class_names]
+    return ZeroShot(tokenised(table, model, tokenizer), numbers, example_inputs(model)["pixel_values"][:1])
 
 
 class Retrieval:
@@ -149,10 +156,7 @@ def matching_measure(
     zero_shot, retrieval = None, None
     chosen = np.arange(len(data.rows)) if rows is None else rows
     if data.class_names is not None:
-        table = CaptionTable()
-        numbers = [table.add(prompts(name, templates)) for name in data.class_names]
-        blank = example_inputs(model)["pixel_values"][:1]
-        reader = ZeroShot(tokenised(table, model, tokenizer), numbers, blank)
+        reader = zero_shot_reader(model, tokenizer, data.class_names, templates)
         options: dict[str, Any] = {"num_classes": len(data.class_names), "attack": attack, "reader": reader}
         zero_shot = Evaluator(data, pipeline, indices=chosen, **options)
     column = find_caption_column(data)
