@@ -10,7 +10,7 @@ from tiny import digits, spec, tensors
 from hf_tsc import tsc_trainer
 from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune
 from hf_tsc.benchmark import methods
-from hf_tsc.benchmark.methods import METHODS, Task
+from hf_tsc.benchmark.methods import METHODS, Case
 from hf_tsc.benchmark.plan import METHODS as PLANNED_METHODS
 from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.functional import call_at
@@ -41,9 +41,9 @@ def derived_once():
         yield
 
 
-def task(family: str, *, seed: int = 0) -> Task:
+def case(family: str, *, seed: int = 0) -> Case:
     suspect = classifier(family, **({"hidden_dropout_prob": 0.0} if family == "vit" else {})).eval()
-    return Task(suspect, processor(), TRAIN, HELD_OUT, seed)
+    return Case(suspect, processor(), TRAIN, HELD_OUT, seed)
 
 
 class Visited(list):
@@ -58,14 +58,14 @@ class Visited(list):
         return [points for *_, points in self]
 
 
-def run(method: str, on: Task, **settings):
+def run(method: str, on: Case, **settings):
     visited = Visited()
     plain = TUNING if method == "fine_tuning" else TSC
     outcome = METHODS[method](on, {**plain, **settings}, visited)
     return visited, outcome
 
 
-def logits(on: Task, params) -> torch.Tensor:
+def logits(on: Case, params) -> torch.Tensor:
     pixels = collate([HELD_OUT[i] for i in range(len(HELD_OUT))])["pixels"]
     with torch.no_grad():
         return call_at(on.suspect, params, {"pixel_values": HELD_OUT.pipeline.model_input(pixels)}).logits
@@ -82,12 +82,12 @@ def test_names_are_those_of_a_plan():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_is_a_function_of_the_seed(method, family):
-    on = task(family, seed=1)
+    on = case(family, seed=1)
     before = tensors(on.suspect)
     visited, outcome = run(method, on)
     torch.manual_seed(99)
     again, outcome_again = run(method, on)
-    other, _ = run(method, task(family, seed=2))
+    other, _ = run(method, case(family, seed=2))
     assert outcome == outcome_again
     for path, repeated in zip(visited.points, again.points, strict=True):
         assert all(same(path[t], repeated[t]) for t in path)
@@ -98,7 +98,7 @@ def test_is_a_function_of_the_seed(method, family):
 class TestFineTuning:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_path(self, family):
-        on = task(family, seed=3)
+        on = case(family, seed=3)
         visited, outcome = run("fine_tuning", on, optim_args=None)
         ((name, last, taken, points),) = visited
         assert (name, last, taken) == ("interpolation", True, 1.0)
@@ -111,7 +111,7 @@ class TestFineTuning:
 
     def test_statistics_are_of_the_training_images(self):
         """Of all of them, and of no others: those of the first layer by hand."""
-        on = task("resnet")
+        on = case("resnet")
         visited, _ = run("fine_tuning", on)
         middle = visited.points[0][0.5]
         pixels = collate([TRAIN[i] for i in range(len(TRAIN))])["pixels"]
@@ -123,20 +123,20 @@ class TestFineTuning:
         assert torch.allclose(middle[name], seen.mean((0, 2, 3)), atol=1e-5)
 
     def test_arguments(self):
-        _, outcome = run("fine_tuning", task("vit"), augmentation="crop_flip", mixup_alpha=0.3)
+        _, outcome = run("fine_tuning", case("vit"), augmentation="crop_flip", mixup_alpha=0.3)
         expected = {**TUNING, "augmentation": "crop_flip", "mixup_alpha": 0.3, "objective": "cross_entropy"}
         assert expected.items() <= outcome.arguments.items()
         assert {"optim", "optim_args", "weight_decay", "temperature"} <= outcome.arguments.keys()
 
     def test_unknown_settings(self):
         with pytest.raises(UsageError, match=r"fine_tuning has no setting\(s\) curve_steps, rate"):
-            run("fine_tuning", task("vit"), rate=1, curve_steps=3)
+            run("fine_tuning", case("vit"), rate=1, curve_steps=3)
 
 
 class TestTsc:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_paths(self, family):
-        visited, outcome = run("tsc", task(family), rounds=2, curve1_t=0.3, curve2_t=0.6)
+        visited, outcome = run("tsc", case(family), rounds=2, curve1_t=0.3, curve2_t=0.6)
         assert [(name, last, taken) for name, last, taken, _ in visited] == [
             ("round 1, curve 1", False, 0.3),
             ("round 1, curve 2", False, 0.6),
@@ -147,20 +147,20 @@ class TestTsc:
         assert {**TSC, "rounds": 2, "permutation": "matched", "sweep_points": 3}.items() <= outcome.arguments.items()
 
     def test_one_stage(self):
-        visited, outcome = run("tsc", task("vit"), stages=1)
+        visited, outcome = run("tsc", case("vit"), stages=1)
         assert [(name, last) for name, last, *_ in visited] == [("round 1, curve 1", True)]
         assert outcome.gradient_evaluations == 2
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_defaults_are_those_of_the_family(self, family, tmp_path):
-        on = task(family)
+        on = case(family)
         _, outcome = run("tsc", on)
         plain = TSCConfig.for_model(on.suspect, output_dir=str(tmp_path), use_cpu=True)
         for name in ("curve1_t", "curve2_t", "curve1_window", "objective", "mixup_alpha", "move_spaces", "optim"):
             assert outcome.arguments[name] == getattr(plain, name), name
 
     def test_begins_with_the_suspect_and_ends_with_its_copy(self):
-        on = task("vit")
+        on = case("vit")
         first, second = run("tsc", on)[0].points
         suspect = tensors(on.suspect)
         assert same(first[0.0], suspect)
@@ -170,35 +170,35 @@ class TestTsc:
         assert not torch.allclose(logits(on, first[0.5]), logits(on, suspect), atol=1e-3)
 
     def test_ends_with_the_point_taken_before(self):
-        first, second = run("tsc", task("vit"), curve1_t=0.5)[0].points
+        first, second = run("tsc", case("vit"), curve1_t=0.5)[0].points
         assert same(second[1.0], first[0.5])
 
     def test_statistics_at_the_ends(self):
         """BatchNorm's are recomputed at every point, also at the suspect's own."""
-        on = task("resnet")
+        on = case("resnet")
         (first, _) = run("tsc", on)[0].points
         moved = changed(first[0.0], tensors(on.suspect))
         assert moved
         assert moved == {name for name in first[0.0] if "running_" in name}
 
     def test_point_by_the_accuracy_budget(self):
-        on = task("vit")
+        on = case("vit")
         visited, outcome = run("tsc", on, max_accuracy_drop=100.0, stages=1)
         assert outcome.arguments["sweep_points"] == 11  # the choice needs them
         assert visited[0][2] in [k / 10 for k in range(1, 10)]
 
     def test_unknown_settings(self):
         with pytest.raises((UsageError, TypeError), match="no_such_setting"):
-            run("tsc", task("vit"), no_such_setting=1)
+            run("tsc", case("vit"), no_such_setting=1)
 
     def test_wrong_settings(self):
         with pytest.raises(UsageError, match=r"curve1_t=1\.5"):
-            run("tsc", task("vit"), curve1_t=1.5)
+            run("tsc", case("vit"), curve1_t=1.5)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_diverged(self, family):
         with pytest.raises(PurificationError, match=r"lower learning_rate=1e\+30"):
-            run("tsc", task(family), learning_rate=1e30, curve_steps=4)
+            run("tsc", case(family), learning_rate=1e30, curve_steps=4)
 
 
 class TestPermutation:
@@ -206,7 +206,7 @@ class TestPermutation:
     @classmethod
     def ends(cls):
         """The end of the first curve under each permutation, of one suspect."""
-        on = task("vit")
+        on = case("vit")
         kinds = ("matched", "random", "identity")
         return on, {kind: run("tsc", on, stages=1, permutation=kind)[0].points[0][1.0] for kind in kinds}
 
@@ -228,7 +228,7 @@ class TestPermutation:
         on, found = ends
         options = {"stages": 1, "permutation": "random"}
         assert same(run("tsc", on, **options)[0].points[0][1.0], found["random"])
-        other = run("tsc", task("vit", seed=1), **options)[0].points[0][1.0]
+        other = run("tsc", case("vit", seed=1), **options)[0].points[0][1.0]
         assert changed(other, found["random"])
 
     def test_is_drawn_anew_in_every_round(self, monkeypatch):
@@ -245,13 +245,13 @@ class TestPermutation:
 
         monkeypatch.setattr(TSCTrainer, "_match", the_same)
         monkeypatch.setattr(methods._VisitingTrainer, "_match", recorded)
-        run("tsc", task("vit"), permutation="random", stages=1, rounds=2)
+        run("tsc", case("vit"), permutation="random", stages=1, rounds=2)
         one, other = drawn
         assert changed(one, other)
 
     @pytest.mark.parametrize("kind", ["identity", "random"])
     def test_second_curve_is_matched_all_the_same(self, monkeypatch, kind):
-        on, specs, found = task("vit"), [], {}
+        on, specs, found = case("vit"), [], {}
 
         def recorded(trainer, points, *, maximize, real=TSCTrainer._match):
             specs.append(trainer.spec)
@@ -265,12 +265,12 @@ class TestPermutation:
 
     def test_unknown(self):
         with pytest.raises(UsageError, match="permutation"):
-            run("tsc", task("vit"), permutation="idenity")
+            run("tsc", case("vit"), permutation="idenity")
 
 
 def test_hook_of_the_trainer(tmp_path):
     """`on_curve_end` comes once a curve, with its result, while the curve's points are still there."""
-    on, seen = task("resnet"), []
+    on, seen = case("resnet"), []
 
     class Watching(TSCTrainer):
         def on_curve_end(self, result):

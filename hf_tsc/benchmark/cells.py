@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, set_seed
 
 from hf_tsc.baselines.fine_tuning import FineTuning
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
-from hf_tsc.benchmark.methods import METHODS, Point, Task
+from hf_tsc.benchmark.methods import METHODS, Case, Point
 from hf_tsc.benchmark.plan import Cell
 from hf_tsc.benchmark.suspects import TASKS, attack_of, load
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
@@ -59,7 +59,7 @@ def run_cell(cell: Cell, images: BenchmarkImages, cache: Path) -> dict[str, Any]
 
     start = time.monotonic()
     try:
-        outcome = METHODS[cell.method](bench.task, cell.settings, visit)
+        outcome = METHODS[cell.method](bench.case, cell.settings, visit)
     except (PurificationError, AccuracyBudgetError) as error:
         line["error"] = str(error)
     else:
@@ -83,7 +83,7 @@ class _Bench:
         task = TASKS[cell.suspect.kind](work)
         train, held_out = task.items(rows.train), task.items(rows.held_out)
         classifier = isinstance(task, Classification)
-        self.task = Task(
+        self.case = Case(
             self.suspect,
             made,
             train,
@@ -101,7 +101,7 @@ class _Bench:
         self.on_held_out: Callable[[Forward], Measures]
         if classifier:
             objective = ImageClassification(self.pipeline)
-            self.on_held_out = lambda forward: objective.evaluate(forward, _batches(self.task.held_out))
+            self.on_held_out = lambda forward: objective.evaluate(forward, _batches(self.case.held_out))
         else:
             reading = {"num_classes": _classes(images), "reader": options["reader"]}
             measured = Evaluator(images.train, self.pipeline, indices=rows.held_out, **reading)

@@ -36,7 +36,7 @@ Visit = Callable[[str, bool, Point, float], None]
 
 
 @dataclass(frozen=True)
-class Task:
+class Case:
     """What a method works on.
 
     `objective` makes what is trained for, of the method's settings; None for classifiers, which the methods know.
@@ -82,21 +82,21 @@ def _fine_tuning(settings: dict[str, Any]) -> FineTuning:
     return FineTuning(**settings)
 
 
-def run_fine_tuning(task: Task, settings: dict[str, Any], visit: Visit) -> Outcome:
+def run_fine_tuning(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
     """Fine-tune, and visit the line back to the suspect."""
     chosen = _fine_tuning(settings)
-    objective = task.objective(chosen) if task.objective is not None else None
-    tuned = fine_tune(task.suspect, task.train, chosen, seed=task.seed, objective=objective, use_cpu=True)
-    inputs = ImageClassification(task.train.pipeline) if objective is None else objective
+    objective = case.objective(chosen) if case.objective is not None else None
+    tuned = fine_tune(case.suspect, case.train, chosen, seed=case.seed, objective=objective, use_cpu=True)
+    inputs = ImageClassification(case.train.pipeline) if objective is None else objective
 
     def point(alpha: float) -> Params:
-        return interpolate(task.suspect, tuned, alpha, _clean_batches(task, inputs))
+        return interpolate(case.suspect, tuned, alpha, _clean_batches(case, inputs))
 
     visit("interpolation", True, point, 1.0)
     return Outcome(chosen.steps, asdict(chosen))
 
 
-def run_tsc(task: Task, settings: dict[str, Any], visit: Visit) -> Outcome:
+def run_tsc(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
     """Purify, and visit every curve."""
     check_settings("tsc", settings)
     options = dict(settings)
@@ -106,20 +106,20 @@ def run_tsc(task: Task, settings: dict[str, Any], visit: Visit) -> Outcome:
             options.setdefault("sweep_points", 3)  # the trainer's own sweep is not needed
         quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "report_to": "none"}
         config = TSCConfig.for_model(
-            task.suspect,
-            objectives=task.objectives,
+            case.suspect,
+            objectives=case.objectives,
             output_dir=folder,
-            seed=task.seed,
+            seed=case.seed,
             use_cpu=True,
             **{**options, **quiet},
         )
         trainer = _VisitingTrainer(
-            task.suspect,
+            case.suspect,
             config,
-            train_dataset=task.train,
-            eval_dataset=task.held_out,
-            processing_class=task.processor,
-            objective=task.objective(config) if task.objective is not None else None,
+            train_dataset=case.train,
+            eval_dataset=case.held_out,
+            processing_class=case.processor,
+            objective=case.objective(config) if case.objective is not None else None,
             visit=visit,
             permutation=permutation,
         )
@@ -127,7 +127,7 @@ def run_tsc(task: Task, settings: dict[str, Any], visit: Visit) -> Outcome:
         return Outcome(trainer.state.max_steps, {**reported_arguments(config), "permutation": permutation})
 
 
-METHODS: dict[str, Callable[[Task, dict[str, Any], Visit], Outcome]] = {
+METHODS: dict[str, Callable[[Case, dict[str, Any], Visit], Outcome]] = {
     "fine_tuning": run_fine_tuning,
     "tsc": run_tsc,
 }
@@ -162,6 +162,6 @@ class _VisitingTrainer(TSCTrainer):
         }
 
 
-def _clean_batches(task: Task, objective: Objective) -> Iterator[Batch]:
-    loader: Any = DataLoader(task.train, batch_size=128, collate_fn=collate, generator=torch.Generator())
+def _clean_batches(case: Case, objective: Objective) -> Iterator[Batch]:
+    loader: Any = DataLoader(case.train, batch_size=128, collate_fn=collate, generator=torch.Generator())
     return (objective.model_inputs(batch) for batch in loader)

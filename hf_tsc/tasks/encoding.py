@@ -63,7 +63,8 @@ class Encoding(Task):
         used = np.concatenate([work.subset.train, work.subset.held_out])
         others = np.setdiff1d(np.arange(len(work.data.rows)), used)
         if len(others) == 0:
-            self.notes.append("All clean images were used to purify: none was left to fit a linear probe on.")
+            note = "All clean images were used to purify: none was left to fit a linear probe on."
+            self.notes += [note] if note not in self.notes else []
             return None
         drawn = np.random.default_rng(work.config.seed).permutation(others)[: work.options.probe_images]
         probe = LinearProbe(pixel_dataset(work.data, np.sort(drawn), work.pipeline))
