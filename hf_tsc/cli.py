@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import operator
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import huggingface_hub
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, HfArgumentParser, ViTImageProcessorPil
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil
 
 from hf_tsc import __version__
 from hf_tsc.architectures.table import as_text, read_table
@@ -25,16 +26,37 @@ from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.benchmark.plan import Plan
 from hf_tsc.benchmark.results import write_results
 from hf_tsc.benchmark.runner import cells_to_run, check_processes, lines_of, run_plan
-from hf_tsc.captions import TEMPLATES
+from hf_tsc.cli_arguments import (
+    POISON_RATES,
+    AttackArguments,
+    BenchmarkArguments,
+    DemoArguments,
+    EvaluateArguments,
+    HowToPush,
+    ModelArguments,
+    PurifyArguments,
+    PushArguments,
+    SpecArguments,
+    SuspectArguments,
+    TablesArguments,
+    TaskArguments,
+    command_parser,
+    given_options,
+    parse,
+)
 from hf_tsc.data import ImageData
-from hf_tsc.demo import DEMO_MODELS, run_demo
+from hf_tsc.demo import run_demo
 from hf_tsc.derive import example_inputs, image_size, verify
-from hf_tsc.errors import HfTscError, PurificationError, UsageError
+from hf_tsc.dry_run import dry_run
+from hf_tsc.errors import HfTscError, PurificationError, SomeFailedError, UsageError
 from hf_tsc.evaluation import Attack
-from hf_tsc.hub import Source, load_image_processor, load_model, resolve_model
+from hf_tsc.folders import REPORT_FILE
+from hf_tsc.hub import check_push, load_image_processor, load_model, push_folder, resolve_model
+from hf_tsc.hub.folder import some
+from hf_tsc.hub.push import check_folder_to_push
 from hf_tsc.job import DataArguments
-from hf_tsc.purify import purify
-from hf_tsc.report import REPORT_FILE, PurificationReport
+from hf_tsc.many import Order, Outcome, folders_of, purify_many, read_models
+from hf_tsc.report import PurificationReport
 from hf_tsc.spec_text import describe_spec
 from hf_tsc.specs import spec_of
 from hf_tsc.suspects import (
@@ -45,170 +67,19 @@ from hf_tsc.suspects import (
     train_encoder,
     train_suspect,
 )
-from hf_tsc.tasks import Encoding, Options, is_dual_encoder, task_of
+from hf_tsc.tasks import Encoding, is_dual_encoder, task_of
 from hf_tsc.tasks.evaluate import evaluate_source
-from hf_tsc.triggers import TRIGGERS, Trigger, trigger_from_dict
-from hf_tsc.tsc_config import PRESETS, TSCConfig
+from hf_tsc.triggers import TRIGGERS
+from hf_tsc.tsc_config import TSCConfig
 
 INTERRUPTED = 130
 
 
-@dataclass
-class ModelArguments:
-    """Which model."""
-
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model repo."})
-    local: bool = field(default=False, metadata={"help": "MODEL is a folder, however it is spelled."})
-    use_token: bool = field(default=False, metadata={"help": "Send the saved Hub token (private or gated repos)."})
-
-    def resolve(self, model: str) -> Source:
-        """The checked files of the model that was named on the command line."""
-        return resolve_model(model, revision=self.revision, local=self.local, token=self.use_token)
-
-
-@dataclass
-class AttackArguments:
-    """A known trigger, to measure with."""
-
-    trigger: str | None = field(
-        default=None, metadata={"help": f"{', '.join(TRIGGERS)}, or the {RECORD} that train-suspect wrote."}
-    )
-    target_label: int | None = field(default=None, metadata={"help": "The label that the trigger is meant to give."})
-
-    def attack(self) -> Attack | None:
-        """The attack, or None when no trigger is named."""
-        if self.trigger is None:
-            if self.target_label is not None:
-                raise UsageError("--target_label without a trigger: name one with --trigger")
-            return None
-        if self.trigger in TRIGGERS:
-            trigger, target = trigger_from_dict({"name": self.trigger}), None
-        else:
-            trigger, target = _read_record(Path(self.trigger))
-        target = target if self.target_label is None else self.target_label
-        if target is None:
-            raise UsageError(f"--trigger {self.trigger} needs --target_label, the class that the trigger leads to")
-        return Attack(trigger, target)
-
-
-def _read_record(file: Path) -> tuple[Trigger, int | None]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        target = content.get("target_label")
-        return trigger_from_dict(dict(content["trigger"])), None if target is None else operator.index(target)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        known = ", ".join(TRIGGERS)
-        raise UsageError(
-            f"--trigger {file}: expected one of {known}, or a {RECORD} with a trigger ({error})"
-        ) from error
-
-
-@dataclass
-class PurifyArguments:
-    """What to purify with, and where the result goes."""
-
-    budget: str = field(default="5%", metadata={"help": "Clean images to use: a count, or a share such as 5%%."})
-    held_out: float = field(default=0.2, metadata={"help": "Share of them kept from training, for measuring."})
-    test_split: str | None = field(default=None, metadata={"help": "Split to measure on before and after, too."})
-    preset: str = field(
-        default="default", metadata={"help": "Hyper-parameters to start from.", "choices": list(PRESETS)}
-    )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of an interrupted run."})
-
-
-@dataclass
-class TaskArguments:
-    """For models without a classifier."""
-
-    prompt_template: list[str] = field(
-        default_factory=lambda: list(TEMPLATES),
-        metadata={"help": "Prompts made of class names, which go where {} stands; for image-text models."},
-    )
-    probe_images: int = field(
-        default=5000, metadata={"help": "Labelled images that an encoder's linear probe is fitted on, at most."}
-    )
-
-    def options(self) -> Options:
-        return Options(tuple(self.prompt_template), self.probe_images)
-
-
-@dataclass
-class EvaluateArguments:
-    """What else it takes, and how to print."""
-
-    probe_split: str | None = field(
-        default=None, metadata={"help": "Split that an encoder's linear probe is fitted on."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
-
-
-@dataclass
-class SpecArguments:
-    """What to show, and how."""
-
-    list: bool = field(default=False, metadata={"help": "Print the known architectures instead of a model's spec."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
-
-
-POISON_RATES = {"classifier": 0.1, "encoder": 0.01, "dual_encoder": 0.05, "bad_encoder": None}
-
-
-@dataclass
-class SuspectArguments:
-    """What to train."""
-
-    kind: str | None = field(
-        default=None,
-        metadata={
-            "help": "classifier, encoder (by SimCLR; poison of the target class), bad_encoder (CONFIG is a clean "
-            "encoder) or dual_encoder; by the configuration's type where it is not given.",
-            "choices": list(POISON_RATES),
-        },
-    )
-    poison_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Poisoned share of all training images; 0 for a clean model. "
-            + ", ".join(f"{rate:g} ({kind})" for kind, rate in POISON_RATES.items() if rate is not None)
-        },
-    )
-    image_size: int = field(default=32, metadata={"help": "Side of the images, where the configuration names none."})
-
-
-@dataclass
-class BenchmarkArguments:
-    """What to run, and where results go."""
-
-    results: str = field(default="results.jsonl", metadata={"help": "File of results, a JSON line a cell."})
-    cache_dir: str = field(default="suspects", metadata={"help": "Folder of trained suspects."})
-    test_split: str = field(default="test", metadata={"help": "Split to measure on."})
-    processes: int = field(default=1, metadata={"help": "Cells at once, each on one thread."})
-    only: list[str] = field(
-        default_factory=list, metadata={"help": "Only cells whose line in --dry_run contains all of these words."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "List the cells and estimate their time."})
-
-
-@dataclass
-class TablesArguments:
-    """Where tables and pictures go."""
-
-    output_dir: str = field(default="results", metadata={"help": "Folder; files in it are written anew."})
-
-
-@dataclass
-class DemoArguments:
-    """The demonstration."""
-
-    output_dir: str = field(default="demo_output", metadata={"help": "Where models, cards and pictures go."})
-    seed: int = field(default=0, metadata={"help": "Seed of everything."})
-    models: list[str] = field(
-        default_factory=lambda: list(DEMO_MODELS), metadata={"help": "Models to show.", "choices": list(DEMO_MODELS)}
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 failure, 2 wrong input, 4 accuracy budget missed, 130 interrupted."""
+    """Returns the exit code: 0 done, 1 failure, 2 wrong input, 4 accuracy budget missed, 130 interrupted.
+
+    3 says that some of several models failed.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -243,66 +114,121 @@ def _usage() -> str:
     )
 
 
-class _Parser(HfArgumentParser):
-    """Wrong options get one line, not the page-long usage of all options."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; `{self.prog} --help` lists the options")
-
-
-def _parser(
-    command: str, types: Sequence[type], *, positional: str | None = None, optional: bool = False, help: str = ""
-) -> HfArgumentParser:
-    parser = _Parser(list(types), prog=f"hf-tsc {command}", allow_abbrev=False)  # type: ignore[arg-type]
-    if positional:
-        parser.add_argument(positional.lower(), metavar=positional, nargs="?" if optional else None, help=help)
-    return parser
-
-
-def _parse(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, ...]:
-    """Parsed dataclasses, and the positional argument last; what `TrainingArguments` refuses is a usage error."""
-    try:
-        return parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)
-    except (ValueError, ImportError) as error:
-        raise UsageError(str(error).splitlines()[0]) from error
-
-
-def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """The options that stand on the command line, with their values."""
-    silent = argparse.Namespace()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    parser._defaults.clear()
-    parsed, _ = parser.parse_known_args(list(argv), namespace=silent)
-    return vars(parsed)
-
-
 def purify_command(argv: Sequence[str]) -> None:
-    """Purify a model of images and write the result to a folder."""
-    types = (ModelArguments, DataArguments, PurifyArguments, AttackArguments, TaskArguments, TSCConfig)
-    parser = _parser("purify", types, positional="MODEL", help="repo id on the Hub, or a folder (./x, /x)")
-    model_args, data_args, args, attack_args, task_args, config, rest = _parse(parser, argv)
-    given = _given(parser, argv)
-    if "output_dir" not in given:
-        raise UsageError("--output_dir is missing: name the folder for the purified model")
-    overrides = {k: v for k, v in given.items() if k in TSCConfig.__dataclass_fields__ and k != "output_dir"}
-    source = model_args.resolve(rest.model)
-    report = purify(
-        source,
-        data_args.open(),
-        config.output_dir,
-        config=overrides if args.preset == "default" else TSCConfig.preset(args.preset, **overrides),
-        budget=args.budget,
-        held_out=args.held_out,
-        test=data_args.open(args.test_split) if args.test_split else None,
-        attack=attack_args.attack(),
-        options=task_args.options(),
-        resume=args.resume,
+    """Purify models of images, write the results to folders, and push them to the Hub."""
+    types = (ModelArguments, DataArguments, PurifyArguments, PushArguments, AttackArguments, TaskArguments, TSCConfig)
+    parser = command_parser(
+        "purify", types, positional="MODEL", several=True, help="repo ids on the Hub, or folders (./x)"
     )
-    print(report_table(report))
-    for note in report.notes:
-        print(f"note: {note}")
-    print(f"\nThe purified model, its card and {REPORT_FILE} are in {config.output_dir}")
+    model_args, data_args, args, push_args, attack_args, task_args, config, rest = parse(parser, argv)
+    given, push = given_options(parser, argv), push_args.options()
+    overrides = {k: v for k, v in given.items() if k in TSCConfig.__dataclass_fields__ and k != "output_dir"}
+    models = [*rest.model, *(read_models(Path(args.from_file)) if args.from_file else [])]
+    if not models:
+        raise UsageError("MODEL is missing: name repo ids or folders, or a file of them with --from_file")
+    if "output_dir" not in given and not args.dry_run:
+        raise UsageError("--output_dir is missing: name the folder for the purified model")
+    several, output = len(models) > 1 or args.from_file is not None, Path(config.output_dir)
+    if several and push is not None and "{name}" not in push.repo_id:
+        raise UsageError(f"--push_to_hub {push.repo_id}: for several models expected {{name}} in it")
+    order = Order(
+        data_args.open(token=model_args.use_token),
+        model_args.access(),
+        overrides,
+        args.preset,
+        args.budget,
+        args.held_out,
+        task_args.options(),
+        data_args.open(args.test_split, token=model_args.use_token) if args.test_split else None,
+        attack_args.attack(),
+        push,
+    )
+    if args.dry_run:
+        return _print_dry_runs(models, order, as_json=args.json)
+    if several:
+        folders = folders_of(models, output, order.access)
+        return _print_outcomes(purify_many(folders, order), len(folders), as_json=args.json)
+    if args.json:
+        return _print_json(models[0], output, order, resume=args.resume)
+
+    def show(report: PurificationReport) -> None:
+        print(report_table(report))
+        for note in report.notes:
+            print(f"note: {note}")
+        print(f"\nThe purified model, its card and {REPORT_FILE} are in {output}", flush=True)
+
+    outcome = order.run(models[0], output, resume=args.resume, purified=show)
+    if outcome.pushed:
+        print(_where(outcome.pushed))
+
+
+def _where(pushed: Mapping[str, Any]) -> str:
+    replaced = f"; it no longer has {some(pushed['replaced'])}" if pushed["replaced"] else ""
+    repo = f"{'private' if pushed['private'] else 'public'} repo {pushed['repo_id']}"
+    return f"and on the Hub, in the {repo}{replaced}: {pushed['url']}"
+
+
+def _print_json(model: str, output: Path, order: Order, *, resume: bool) -> None:
+    """One line for one model, of a failure, too; what else is said on the way goes to stderr."""
+    started, stdout = time.monotonic(), sys.stdout
+    error: HfTscError | None = None
+    with redirect_stdout(sys.stderr):
+        try:
+            outcome = order.run(model, output, resume=resume)
+        except HfTscError as raised:
+            error, outcome = raised, Outcome.of_error(model, output, raised)
+    timed = replace(outcome, seconds=round(time.monotonic() - started, 1))
+    print(json.dumps(timed.to_dict()), file=stdout, flush=True)
+    if error is not None:
+        raise error
+
+
+def _print_dry_runs(models: Sequence[str], order: Order, *, as_json: bool) -> None:
+    failed = []
+    for model in models:
+        try:
+            found = dry_run(model, order)
+        except Exception as error:  # as in `purify_many`
+            if len(models) == 1:
+                raise
+            failed.append(model)
+            print(f"{model}: {' '.join(str(error).split())}", file=sys.stderr)
+            continue
+        if as_json:
+            print(json.dumps(found.to_dict()))
+        else:
+            print("\n".join(f"{name:13} {text}" for name, text in found.rows()), end="\n\n")
+    if failed:
+        raise SomeFailedError(f"{len(failed)} of {len(models)} models cannot be purified: {', '.join(failed)}")
+
+
+def _print_outcomes(outcomes: Iterable[Outcome], models: int, *, as_json: bool) -> None:
+    """Each as it comes: on stdout a line of JSON, or of words; and a summary on stderr."""
+    found, stdout = [], sys.stdout
+    with redirect_stdout(sys.stderr if as_json else stdout):
+        for number, outcome in enumerate(outcomes, 1):
+            found.append(outcome)
+            said = outcome.error or outcome.output
+            line = f"[{number}/{models}] {outcome.model}: {outcome.status}, {outcome.seconds:.0f} s: {said}"
+            print(json.dumps(outcome.to_dict()) if as_json else line, file=stdout, flush=True)
+            for note in () if as_json else outcome.notes:
+                print(f"    note: {note}")
+    count = Counter(outcome.status for outcome in found)
+    print(", ".join(f"{n} {status}" for status, n in sorted(count.items())), file=sys.stderr)
+    if failed := [outcome.model for outcome in found if outcome.status == "failed"]:
+        raise SomeFailedError(f"{len(failed)} of {len(found)} models failed: {', '.join(failed)}")
+
+
+def push_command(argv: Sequence[str]) -> None:
+    """Push a purified model's folder to the Hub."""
+    parser = command_parser("push", (HowToPush,), positional="FOLDER", help="what hf-tsc purify wrote")
+    parser.add_argument("repo_id", metavar="REPO", help="repo id, owner/name")
+    args, rest = parse(parser, argv)
+    options = args.options_for(rest.repo_id)
+    folder = Path(rest.folder)
+    check_folder_to_push(folder)
+    check_push(options, None)
+    print(f"{folder} is {_where(asdict(push_folder(folder, options))).removeprefix('and ')}")
 
 
 def report_table(report: PurificationReport) -> str:
@@ -315,12 +241,14 @@ def report_table(report: PurificationReport) -> str:
 def evaluate_command(argv: Sequence[str]) -> None:
     """Measure accuracy, and with a trigger the attack success rate, of a model."""
     types = (ModelArguments, DataArguments, AttackArguments, TaskArguments, EvaluateArguments)
-    parser = _parser("evaluate", types, positional="MODEL", help="repo id on the Hub, or a folder (./x, /x)")
-    model_args, data_args, attack_args, task_args, args, rest = _parse(parser, argv)
+    parser = command_parser("evaluate", types, positional="MODEL", help="repo id on the Hub, or a folder (./x, /x)")
+    model_args, data_args, attack_args, task_args, args, rest = parse(parser, argv)
     source, attack = model_args.resolve(rest.model), attack_args.attack()
-    probe_data = data_args.open(args.probe_split) if args.probe_split else None
+    probe_data = data_args.open(args.probe_split, token=model_args.use_token) if args.probe_split else None
     options = task_args.options()
-    result = evaluate_source(source, data_args.open(), attack=attack, probe_data=probe_data, options=options)
+    result = evaluate_source(
+        source, data_args.open(token=model_args.use_token), attack=attack, probe_data=probe_data, options=options
+    )
     if args.json:
         print(json.dumps(result))
         return
@@ -331,8 +259,8 @@ def evaluate_command(argv: Sequence[str]) -> None:
 def spec_command(argv: Sequence[str]) -> None:
     """Show the permutation symmetries of a model."""
     types = (ModelArguments, SpecArguments)
-    parser = _parser("spec", types, positional="MODEL", optional=True, help="repo id, or a folder (./x, /x)")
-    model_args, args, rest = _parse(parser, argv)
+    parser = command_parser("spec", types, positional="MODEL", optional=True, help="repo id, or a folder (./x, /x)")
+    model_args, args, rest = parse(parser, argv)
     if args.list:
         return _list_architectures(as_json=args.json)
     if rest.model is None:
@@ -364,9 +292,9 @@ def train_suspect_command(argv: Sequence[str]) -> None:
     """Train a backdoored model (or with --poison_rate 0 a clean one)."""
     types = (DataArguments, AttackArguments, SuspectArguments, SuspectConfig)
     help_text = "config.json of the model; for a bad_encoder the folder of a clean encoder"
-    parser = _parser("train-suspect", types, positional="CONFIG", help=help_text)
-    data_args, attack_args, args, config, rest = _parse(parser, argv)
-    given = _given(parser, argv)
+    parser = command_parser("train-suspect", types, positional="CONFIG", help=help_text)
+    data_args, attack_args, args, config, rest = parse(parser, argv)
+    given = given_options(parser, argv)
     if "output_dir" not in given:
         raise UsageError("--output_dir is missing: name the folder for the suspect")
     attack = attack_args.attack() if args.poison_rate != 0 else None
@@ -422,15 +350,15 @@ def _read_model_config(file: Path) -> Any:
 
 def demo_command(argv: Sequence[str]) -> None:
     """Backdoor, purify and measure two small models on real handwritten digits."""
-    (args,) = _parse(_parser("demo", (DemoArguments,)), argv)
+    (args,) = parse(command_parser("demo", (DemoArguments,)), argv)
     run_demo(Path(args.output_dir), seed=args.seed, names=args.models)
 
 
 def benchmark_command(argv: Sequence[str]) -> None:
     """Run the cells of a benchmark plan that have no result yet."""
     types = (DataArguments, BenchmarkArguments)
-    parser = _parser("benchmark", types, positional="PLAN", help="a YAML file; see recipes/cifar10/plan.yaml")
-    data_args, args, rest = _parse(parser, argv)
+    parser = command_parser("benchmark", types, positional="PLAN", help="a YAML file; see recipes/cifar10/plan.yaml")
+    data_args, args, rest = parse(parser, argv)
     plan, images = Plan.read(Path(rest.plan)), BenchmarkImages(data_args, args.test_split)
     results, cache = Path(args.results), Path(args.cache_dir)
     check_processes(args.processes)
@@ -454,8 +382,10 @@ def benchmark_command(argv: Sequence[str]) -> None:
 
 def benchmark_tables_command(argv: Sequence[str]) -> None:
     """Make tables and pictures of a benchmark's results."""
-    parser = _parser("benchmark-tables", (TablesArguments,), positional="RESULTS", help="file of results, JSON lines")
-    args, rest = _parse(parser, argv)
+    parser = command_parser(
+        "benchmark-tables", (TablesArguments,), positional="RESULTS", help="file of results, JSON lines"
+    )
+    args, rest = parse(parser, argv)
     lines = read_lines(Path(rest.results))
     if not lines:
         raise UsageError(f"{rest.results} has no results: run hf-tsc benchmark first")
@@ -464,6 +394,7 @@ def benchmark_tables_command(argv: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "purify": purify_command,
+    "push": push_command,
     "evaluate": evaluate_command,
     "spec": spec_command,
     "train-suspect": train_suspect_command,

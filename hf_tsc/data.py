@@ -9,12 +9,24 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import httpx
 
 from hf_tsc.errors import UsageError
+from hf_tsc.hub.retry import WAITS, HubUnavailableError, ask_hub, seconds_asked, wait_for_another
 
 SAVED_DATASET, SAVED_DATASET_DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` leaves
-# Of `datasets`, for what is missing or wrong; an IndexError for a saved dataset without rows.
-LOADING_ERRORS = (DatasetsError, FileNotFoundError, ConnectionError, ValueError, IndexError)
+# Of `datasets` and of the Hub's client, for what is missing or wrong; an IndexError for a saved dataset without rows.
+LOADING_ERRORS = (
+    DatasetsError,
+    FileNotFoundError,
+    ConnectionError,
+    ValueError,
+    IndexError,
+    hub_errors.HfHubHTTPError,
+    httpx.TransportError,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,12 @@ class CleanSubset:
 
 
 def load_images(
-    name_or_path: str, *, config_name: str | None = None, split: str | None = None, revision: str | None = None
+    name_or_path: str,
+    *,
+    config_name: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = False,
 ) -> Dataset:
     """Load one split of a dataset of images.
 
@@ -36,24 +53,62 @@ def load_images(
         split: a split or slice, such as `"train"` or `"train[:500]"` (the **first** 500); None takes `"train"`, else
             the only split.
         revision: branch, tag or commit of the id.
+        token: sent to the Hub; False sends none, None or True the saved one.
 
     Raises:
         UsageError: there is no such dataset, configuration, revision or split, or None leaves a choice.
+        HubUnavailableError: the Hub did not answer, and the cache does not hold the dataset.
     """
     path = Path(name_or_path)
     saved = (path / SAVED_DATASET).is_file() or (path / SAVED_DATASET_DICT).is_file()
     if saved and (config_name is not None or revision is not None):
         raise UsageError(f"{name_or_path} was saved by save_to_disk: it has no config_name or revision to choose.")
-    try:
-        if saved:
-            return _choose_split(load_from_disk(name_or_path), split, name_or_path)
-        loaded = load_dataset(name_or_path, config_name, split=split, revision=revision)
-    except LOADING_ERRORS as error:
-        raise UsageError(
-            f"The dataset {name_or_path!r} (config_name={config_name}, split={split}, revision={revision}) cannot be "
-            f"loaded: {error}. Expected a dataset id of the Hub, or a folder of images, parquet or save_to_disk."
-        ) from error
+    asked = f"(config_name={config_name}, split={split}, revision={revision})"
+    for wait in (*WAITS, None):
+        try:
+            if saved:
+                return _choose_split(load_from_disk(name_or_path), split, name_or_path)
+            loaded = load_dataset(name_or_path, config_name, split=split, revision=revision, token=token)
+            break
+        except LOADING_ERRORS as error:
+            passing = None if path.exists() else _passing(error)
+            if passing is None:
+                raise UsageError(
+                    f"The dataset {name_or_path!r} {asked} cannot be loaded: {error}. Expected a dataset id of the "
+                    "Hub, or a folder of images, parquet or save_to_disk."
+                ) from error
+            if not wait_for_another(passing, wait):
+                reason = " ".join(str(error).split())
+                raise HubUnavailableError(
+                    f"The dataset {name_or_path!r} {asked} could not be loaded: {reason}. Try again later; for a "
+                    f"folder of that name write ./{name_or_path}."
+                ) from error
     return loaded if split is not None else _choose_split(loaded, split, name_or_path)
+
+
+def _passing(error: BaseException) -> Exception | None:
+    """The error of the Hub's client behind one of `datasets`, if it may pass."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, hub_errors.HfHubHTTPError | httpx.TransportError) and seconds_asked(seen) is not None:
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def pin_dataset(name: str, revision: str | None = None, *, token: str | bool | None = False) -> str | None:
+    """The commit of a dataset on the Hub; None for a folder, and for what the Hub does not know under that name.
+
+    Raises:
+        HubUnavailableError: the Hub did not answer.
+    """
+    if Path(name).exists():
+        return None
+    try:
+        info = ask_hub(f"find {name}", name, lambda: HfApi(token=token).dataset_info(name, revision=revision))
+    except UsageError:  # `load_images` says more of it
+        return None
+    return info.sha
 
 
 def find_columns(
@@ -264,6 +319,10 @@ class ImageData:
         rows: the split.
         image_column, label_column: `label_column` is None for unlabelled data.
         caption_column: where it was named.
+        config_name: its configuration, where one was named.
+        place: `hub`, `folder`, or `memory` for a loaded dataset.
+        revision: its commit on the Hub; None for other places.
+        notes: what a reader of the report should know of how it came.
     """
 
     name: str
@@ -271,6 +330,10 @@ class ImageData:
     image_column: str
     label_column: str | None
     caption_column: str | None = None
+    config_name: str | None = None
+    place: str = "memory"
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -296,11 +359,15 @@ class ImageData:
         """What identifies the rows, for a report: never the place of a local folder."""
         return {
             "name": Path(self.name).resolve().name if Path(self.name).exists() else self.name,
+            "place": self.place,
+            "config_name": self.config_name,
+            "revision": self.revision,
             "split": str(self.rows.split) if self.rows.split else None,
             "fingerprint": self.rows._fingerprint,
             "rows": len(self.rows),
             "image_column": self.image_column,
             "label_column": self.label_column,
+            "caption_column": self.caption_column,
         }
 
 
@@ -313,16 +380,26 @@ def open_images(
     image_column: str | None = None,
     label_column: str | None = None,
     caption_column: str | None = None,
+    token: str | bool | None = False,
 ) -> ImageData:
     """Load a dataset, unless it is one already, and find its columns; see `load_images` and `find_columns`.
 
-    A `caption_column` is only looked at by who needs captions.
+    A dataset of the Hub is pinned to one commit first. A `caption_column` is only looked at by who needs captions.
     """
+    commit: str | None = None
+    notes: tuple[str, ...] = ()
+    place = "memory"
     if isinstance(dataset, str):
-        rows, name = load_images(dataset, config_name=config_name, split=split, revision=revision), dataset
+        try:
+            commit = pin_dataset(dataset, revision, token=token)
+        except HubUnavailableError:
+            notes = (f"The Hub did not answer: a copy of {dataset} in the cache was used, of an unknown commit.",)
+        name, where = dataset, {"config_name": config_name, "split": split, "revision": commit or revision}
+        rows = load_images(dataset, token=token, **where)
+        place = "folder" if Path(dataset).exists() else "hub"
     else:
         rows, name = dataset, dataset.info.dataset_name or "dataset"
     if len(rows) == 0:
         raise UsageError(f"{name} has no rows: expected images.")
     image, label = find_columns(rows.features, image_column=image_column, label_column=label_column)
-    return ImageData(name, rows, image, label, caption_column)
+    return ImageData(name, rows, image, label, caption_column, config_name, place, commit, notes)

@@ -28,11 +28,11 @@ from transformers import (
 from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune
 from hf_tsc.data import ImageData, open_images
 from hf_tsc.evaluation import Attack, Evaluator
-from hf_tsc.folders import check_output, write_json
+from hf_tsc.folders import CARD_FILE, PLOT_FILE, check_output, write_json
 from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.metrics import defense_effectiveness
 from hf_tsc.purify import purify
-from hf_tsc.report import CARD_FILE, PLOT_FILE, PurificationReport
+from hf_tsc.report import PurificationReport
 from hf_tsc.suspects import SuspectConfig, train_suspect
 from hf_tsc.triggers import BadNets
 

@@ -23,3 +23,9 @@ class AccuracyBudgetError(HfTscError):
     """No point of the last curve kept the clean accuracy within `max_accuracy_drop`."""
 
     exit_code = 4
+
+
+class SomeFailedError(HfTscError):
+    """Some of several models could not be purified; each error was told on its own."""
+
+    exit_code = 3

@@ -19,7 +19,7 @@ from hf_tsc.errors import UsageError
 from hf_tsc.images import ImagePipeline, PixelDataset, collate, pixel_dataset
 from hf_tsc.metrics import AttackSuccessRate, CleanAccuracy, RobustAccuracy
 from hf_tsc.objectives import Forward, logits_of
-from hf_tsc.triggers import Trigger
+from hf_tsc.triggers import Trigger, trigger_to_dict
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class Attack:
 
     trigger: Trigger
     target_label: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a report and a suspect's record keep it."""
+        return {"trigger": trigger_to_dict(self.trigger), "target_label": self.target_label}
 
 
 Predict = Callable[[Tensor], Tensor]  # model inputs (n, 3, H, W) -> classes, int64 (n,)

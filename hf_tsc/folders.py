@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hf_tsc.errors import UsageError
+
+REPORT_FILE, PLOT_FILE, CARD_FILE = "tsc_report.json", "tsc_curves.png", "README.md"
 
 
 def check_output(folder: Path) -> None:
@@ -28,6 +33,10 @@ def finished_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends without an error."""
     check_output(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for old in folder.parent.iterdir():  # of a run that was killed
+        found = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)\.tmp", old.name)
+        if found and (int(found[1]) == os.getpid() or not psutil.pid_exists(int(found[1]))):
+            shutil.rmtree(old)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:

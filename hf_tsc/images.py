@@ -7,6 +7,7 @@ takes it apart.
 Letters: n pictures, H and W the height and width at the model's input.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ from hf_tsc.triggers import Trigger
 AUGMENTATIONS = ("none", "crop", "crop_flip", "affine", "simclr")
 ROTATION, SHIFT, SCALES = 15.0, 0.125, (0.9, 1.1)  # of `affine`: degrees, share of the side, factors
 AREA, JITTER, HUE = (0.2, 1.0), 0.4, 0.1  # of `simclr`: share of the picture, brightness and so on, hue
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow's decoders raise
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, *BOMBS)  # what Pillow's decoders raise
 
 
 STEPS = ("do_rescale", "rescale_factor", "do_normalize")
@@ -220,7 +222,9 @@ class PixelDataset(Dataset):
 
     def _decode(self, index: int) -> Image.Image:
         try:
-            image = self._images[index][self._image_column]
+            with warnings.catch_warnings():  # Pillow's limit, known from the header, before anything is decoded
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = self._images[index][self._image_column]
         except DECODING_ERRORS as error:
             raise UsageError(
                 f"The picture at index {index} of column {self._image_column!r} cannot be decoded ({error}); repair "

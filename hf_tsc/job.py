@@ -39,7 +39,7 @@ class DataArguments:
         default=None, metadata={"help": "Column of captions (image-text models), if there are several of text."}
     )
 
-    def open(self, split: str | None = None) -> ImageData:
+    def open(self, split: str | None = None, *, token: str | bool | None = False) -> ImageData:
         """The split `dataset_split`, or another one of the same dataset."""
         if self.dataset_name is None:
             raise UsageError("--dataset_name is missing: give a dataset id, or a folder of images")
@@ -51,6 +51,7 @@ class DataArguments:
             image_column=self.image_column_name,
             label_column=self.label_column_name,
             caption_column=self.caption_column_name,
+            token=token,
         )
 
 

@@ -17,21 +17,18 @@ from transformers import PreTrainedModel
 from hf_tsc.data import ImageData
 from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
 from hf_tsc.evaluation import Attack
-from hf_tsc.folders import check_output, finished_folder, last_whole_checkpoint, write_json
-from hf_tsc.hub import Source, load_model, quiet, resolve_model
-from hf_tsc.job import Job, Measures, as_image_data
-from hf_tsc.report import (
-    CARD_FILE,
-    PLOT_FILE,
-    REPORT_FILE,
-    PurificationReport,
-    environment,
-    plot_curves,
-    summarise_spec,
+from hf_tsc.folders import (
+    check_output,
+    finished_folder,
+    last_whole_checkpoint,
+    write_json,
 )
-from hf_tsc.tasks import Options, task_of
-from hf_tsc.triggers import trigger_to_dict
-from hf_tsc.tsc_config import TSCConfig, reported_arguments
+from hf_tsc.hub import Source, declared_license, load_model, quiet, resolve_model
+from hf_tsc.hub.folder import kept
+from hf_tsc.job import Job, Measures, as_image_data
+from hf_tsc.report import PurificationReport
+from hf_tsc.tasks import Options, Task, task_of
+from hf_tsc.tsc_config import NOT_REPORTED, WITHOUT_EFFECT, TSCConfig, reported_arguments
 from hf_tsc.tsc_trainer import TSCTrainer
 
 REQUEST_FILE = "request.json"
@@ -43,6 +40,7 @@ def purify(
     output_dir: str | Path,
     *,
     config: TSCConfig | Mapping[str, Any] | None = None,
+    preset: str = "default",
     budget: str | int | float = "5%",
     held_out: float = 0.2,
     test: ImageData | Dataset | None = None,
@@ -64,6 +62,7 @@ def purify(
             the result is there.
         config: hyper-parameters, or a mapping of those that shall differ from the defaults for the model's family
             (`TSCConfig.for_model`). `output_dir` is set here.
+        preset: what a mapping's fields differ from instead: `paper` for the published settings.
         budget: how many clean images to use: a count, or a share such as `"5%"` or `0.05`.
         held_out: share of them kept from training and matching, for measuring and for choosing t*.
         test: further labelled images, to measure on before and after.
@@ -81,6 +80,7 @@ def purify(
         UsageError: wrong input (see the message); nothing is written.
         PurificationError: a loss is not finite, or the spec does not verify; nothing is written.
         AccuracyBudgetError: `max_accuracy_drop` could not be kept; nothing is written to `output_dir`.
+        HfTscError: the model could not be got from the Hub; nothing is written.
     """
     started, output = time.monotonic(), Path(output_dir)
     check_output(output)
@@ -88,14 +88,15 @@ def purify(
     kind = task_of(source)
     suspect, dtype = load_model(source, auto_class=kind.auto_class)
     kind.check_model(suspect, source)
-    if not isinstance(config, TSCConfig):
-        config = TSCConfig.for_model(suspect, objectives=kind.objectives, **(config or {}))
+    options, test = options or Options(), None if test is None else as_image_data(test)
+    given = None if isinstance(config, TSCConfig) else dict(config or {})
+    config = config_for(suspect, kind, config, preset)
     if config.world_size > 1:
         raise UsageError(f"purify was started with {config.world_size} processes: it runs in one for now")
     data = as_image_data(dataset)
-    prepared: dict[str, Any] = {"budget": budget, "held_out": held_out, "options": options or Options()}
+    prepared: dict[str, Any] = {"budget": budget, "held_out": held_out, "options": options}
     job = Job.prepare(kind, source, suspect, data, config, **prepared)
-    measures = Measures.prepare(job, as_image_data(test) if test is not None else None, attack)
+    measures = Measures.prepare(job, test, attack)
     with _work_folder(output, job, config, resume=resume) as checkpoint:
         trainer = _trainer(job, measures, config)
         before = measures(trainer, _to(suspect, config.device))
@@ -105,10 +106,53 @@ def purify(
             saved = resolve_model(str(folder), local=True)
             purified, _ = load_model(saved, auto_class=kind.auto_class)
             after = measures(trainer, _to(purified, config.device))
-            report = _report(trainer, job, attack, before, after, dtype, saved)
-            report.cost["seconds"] = round(time.monotonic() - started, 1)
-            _write_report(report, trainer, folder)
+            report = trainer.report(
+                suspect=_describe_suspect(job.source, job.model, dtype),
+                dataset=job.describe(),
+                before=before,
+                after=after,
+                purified={"dtype": str(dtype).removeprefix("torch."), "files": saved.file_hashes},
+                attack=attack.to_dict() if attack else None,
+                cost={"seconds": round(time.monotonic() - started, 1)},
+                notes=[*source.notes, *data.notes, *job.task.notes],
+                request=None if given is None else request_of(given, preset, budget, held_out, options, test),
+                task={"kind": kind.kind, "pipeline_tag": kind.pipeline_tag, "accuracy": kind.accuracy},
+            )
+            report.write(folder, trainer.curves)
     return report
+
+
+def config_for(
+    model: PreTrainedModel, kind: type[Task], config: TSCConfig | Mapping[str, Any] | None, preset: str
+) -> TSCConfig:
+    """A whole configuration as it is, else a preset's or the family's with some fields changed."""
+    if isinstance(config, TSCConfig):
+        return config
+    if preset != "default":
+        return TSCConfig.preset(preset, **(config or {}))
+    return TSCConfig.for_model(model, objectives=kind.objectives, **(config or {}))
+
+
+def request_of(
+    arguments: Mapping[str, Any],
+    preset: str,
+    budget: str | int | float,
+    held_out: float,
+    options: Options,
+    test: ImageData | None,
+) -> dict[str, Any]:
+    """What is asked for and has an effect on what comes of it, as the report keeps it."""
+    effective = {k: v for k, v in arguments.items() if k not in NOT_REPORTED and not k.startswith(WITHOUT_EFFECT)}
+    usual = Options()
+    return {
+        "budget": str(budget),
+        "held_out": held_out,
+        "preset": preset,
+        "arguments": effective,
+        "templates": None if options.templates == usual.templates else list(options.templates),
+        "probe_images": None if options.probe_images == usual.probe_images else options.probe_images,
+        "test": test.describe() if test else None,
+    }
 
 
 def _trainer(job: Job, measures: Measures, config: TSCConfig) -> TSCTrainer:
@@ -164,44 +208,16 @@ def _request(job: Job, config: TSCConfig) -> dict[str, Any]:
     }
 
 
-def _report(
-    trainer: TSCTrainer,
-    job: Job,
-    attack: Attack | None,
-    before: dict[str, dict[str, Any]],
-    after: dict[str, dict[str, Any]],
-    dtype: torch.dtype,
-    saved: Source,
-) -> PurificationReport:
-    config = trainer.args
-    return PurificationReport(
-        suspect=_describe_suspect(job.source, job.model, dtype),
-        dataset=job.describe(),
-        spec=summarise_spec(trainer.spec, trainer.verification.error, trainer.verification.control),
-        arguments=reported_arguments(config),
-        curves=[curve.to_dict() for curve in trainer.curves],
-        before=before,
-        after=after,
-        score_name=trainer.objective.score_name,
-        attack=_describe_attack(attack),
-        purified={"dtype": str(dtype).removeprefix("torch."), "files": saved.file_hashes},
-        environment=environment(config.device),
-        cost={"gradient_evaluations": trainer.state.max_steps * config.gradient_accumulation_steps},
-        notes=job.task.notes,
-        task={"kind": job.task.kind, "pipeline_tag": job.task.pipeline_tag, "accuracy": job.task.accuracy},
-    )
-
-
 def _to(model: Any, device: torch.device) -> PreTrainedModel:
     return model.to(device)
 
 
 def _save_model(model: PreTrainedModel, dtype: torch.dtype, job: Job, folder: Path) -> None:
-    """Weights in the suspect's dtype; its configuration as it was, less the attention implementation it asked for."""
+    """Weights in the suspect's dtype; its configuration as it was, less what must not pass on (`kept`)."""
     with quiet():
         _to(model, torch.device("cpu")).to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
     config = json.loads((job.source.path / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", {k: v for k, v in config.items() if "attn_implementation" not in k})
+    write_json(folder / "config.json", kept(config))
     job.task.save(folder)
 
 
@@ -213,18 +229,6 @@ def _describe_suspect(source: Source, model: PreTrainedModel, dtype: torch.dtype
         "architecture": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(dtype).removeprefix("torch."),
+        "license": declared_license(source.path),
         "files": source.file_hashes,
     }
-
-
-def _describe_attack(attack: Attack | None) -> dict[str, Any] | None:
-    if attack is None:
-        return None
-    return {"trigger": trigger_to_dict(attack.trigger), "target_label": attack.target_label}
-
-
-def _write_report(report: PurificationReport, trainer: TSCTrainer, folder: Path) -> None:
-    write_json(folder / REPORT_FILE, report.to_dict())
-    figure = plot_curves(trainer.curves, score_name=report.score_name)
-    figure.savefig(folder / PLOT_FILE, dpi=120)
-    report.card().save(folder / CARD_FILE)

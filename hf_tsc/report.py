@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,15 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 
 from hf_tsc.axes import Frozen
 from hf_tsc.curve_result import CurveResult
+from hf_tsc.folders import CARD_FILE, PLOT_FILE, REPORT_FILE, write_json
 from hf_tsc.permutation import PermutationSpec
+from hf_tsc.triggers import trigger_from_dict, trigger_to_dict
 
-REPORT_FILE, PLOT_FILE, CARD_FILE = "tsc_report.json", "tsc_curves.png", "README.md"
 PAPER = {"title": "Circumventing Backdoor Space via Weight Symmetry", "id": "2506.07467"}
+SETTINGS = (
+    "rounds", "stages", "objective", "temperature", "teacher_view", "correct_teacher", "mixup_alpha", "augmentation",
+    "matching", "move_spaces", "curve1_window", "curve1_t", "curve2_window", "curve2_t", "curve_epochs",
+    "curve_steps", "optim", "learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_accuracy_drop", "seed",
+)  # fmt: skip
+COMMAND_WIDTH = 100
+# Options of the command line -> what the description of a dataset calls it.
+DATASET_OPTIONS = {
+    "dataset_config_name": "config_name",
+    "dataset_split": "split",
+    "dataset_revision": "revision",
+    "image_column_name": "image_column",
+    "label_column_name": "label_column",
+    "caption_column_name": "caption_column",
+}
 PACKAGES = ("hf_tsc", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "scipy", "kornia")
 
 
@@ -44,6 +62,9 @@ class PurificationReport:
         purified: dtype and sha256 of the weight files.
         environment: versions and hardware.
         cost: seconds and gradient evaluations (backward passes of one batch).
+        request: what `purify` was asked for, as far as it is no matter of defaults: `budget`, `held_out`, `preset`,
+            `arguments`, `templates` and `probe_images` (None for the usual ones), `test` (images); None where it was
+            not `purify`.
     """
 
     suspect: dict[str, Any]
@@ -54,10 +75,10 @@ class PurificationReport:
     before: dict[str, dict[str, Any]]
     after: dict[str, dict[str, Any]]
     score_name: str
-    attack: dict[str, Any] | None
     purified: dict[str, Any]
     environment: dict[str, Any]
     cost: dict[str, Any]
+    attack: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     task: dict[str, str] = field(
         default_factory=lambda: {
@@ -66,9 +87,25 @@ class PurificationReport:
             "accuracy": "clean accuracy",
         }
     )
+    request: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def write(self, folder: Path, curves: Sequence[CurveResult]) -> None:
+        """Report, plot and card, beside the model."""
+        write_json(folder / REPORT_FILE, self.to_dict())
+        plot_curves(curves, score_name=self.score_name).savefig(folder / PLOT_FILE, dpi=120)
+        self.card().save(folder / CARD_FILE)
+
+    @property
+    def images(self) -> tuple[int, int]:
+        """How many were trained on, and how many held out."""
+        train, held_out = self.dataset.get("images") or (
+            len(self.dataset["train_indices"]),
+            len(self.dataset["held_out_indices"]),
+        )
+        return train, held_out
 
     @classmethod
     def from_file(cls, file: str | Path) -> PurificationReport:
@@ -76,35 +113,115 @@ class PurificationReport:
         return cls(**json.loads(Path(file).read_text(encoding="utf-8")))
 
     def card(self) -> ModelCard:
-        """The model card; a function of the report alone."""
+        """The model card; a function of the report alone. Names from outside come out as plain text."""
         template = files("hf_tsc") / "templates" / "model_card.md"
-        name = f"{_plain(self.suspect['name'])}-purified"
+        name = f"{plain(self.suspect['name'])}-purified"
         return ModelCard.from_template(
-            self._card_data(),
+            self._card_data(name),
             template_str=template.read_text(encoding="utf-8"),
             title=name,
             report=self,
-            suspect_name=_plain(self.suspect["name"]),
-            dataset_name=_plain(str(self.dataset["name"])),
-            fingerprint=_plain(str(self.dataset["fingerprint"])),
+            suspect_name=plain(self.suspect["name"]),
+            dataset_name=plain(str(self.dataset["name"])),
+            fingerprint=plain(str(self.dataset["fingerprint"])),
             rows=self.rows(),
+            settings=self._settings(),
+            command=self.command(),
             paper=PAPER,
             plot=PLOT_FILE,
             report_file=REPORT_FILE,
         )
 
-    def _card_data(self) -> ModelCardData:
-        base = (
-            {"base_model": self.suspect["repo_id"], "base_model_relation": "finetune"}
-            if self.suspect["repo_id"]
-            else {}
-        )
+    def _card_data(self, name: str) -> ModelCardData:
+        known: dict[str, Any] = {}
+        if self.suspect["repo_id"]:
+            known |= {"base_model": plain(self.suspect["repo_id"]), "base_model_relation": "finetune"}
+        if self.suspect.get("license"):
+            known["license"] = self.suspect["license"]
+        if self.dataset.get("revision"):
+            known["datasets"] = [plain(self.dataset["name"])]
+        if results := self._eval_results():
+            known |= {"model_name": name, "eval_results": results}
         return ModelCardData(
             library_name="transformers",
             pipeline_tag=self.task["pipeline_tag"],
             tags=["hf-tsc", "backdoor-purification", f"arxiv:{PAPER['id']}"],
-            **base,
+            **known,
         )
+
+    def _eval_results(self) -> list[EvalResult]:
+        """What was measured afterwards, for the Hub's `model-index`: on the test images where there were some."""
+        place = "test" if "test" in self.after else "held_out"
+        found, name = self.after.get(place, {}), plain(str(self.dataset["name"]))
+        target = self.attack["target_label"] if self.attack else None
+        return [
+            EvalResult(
+                task_type=self.task["pipeline_tag"],
+                dataset_type=name,
+                dataset_name=f"{name} ({place.replace('_', '-')})",
+                dataset_revision=self.dataset.get("revision") if place == "held_out" else None,
+                metric_type=metric,
+                metric_value=round(found[metric], 4),
+                metric_name=self.task["accuracy"] if metric == "accuracy" else "attack success rate",
+                metric_args={"target_label": target} if metric == "attack_success_rate" else None,
+            )
+            for metric in ("accuracy", "attack_success_rate")
+            if metric in found
+        ]
+
+    def _settings(self) -> list[tuple[str, str]]:
+        """The hyper-parameters that a reader will look for and that had an effect, by name."""
+        unused = {name for name in SETTINGS if self.arguments.get(name) is None}
+        unused |= {"curve2_window", "curve2_t"} if self.arguments.get("stages") == 1 else set()
+        unused |= {"curve_epochs"} if self.arguments.get("curve_steps", 0) > 0 else {"curve_steps"}
+        unused |= (
+            {"temperature", "teacher_view", "correct_teacher"}
+            if self.arguments.get("objective") == "cross_entropy"
+            else set()
+        )
+        values = {name: self.arguments[name] for name in SETTINGS if name not in unused}
+        return [(k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for k, v in values.items()]
+
+    def command(self) -> str | None:
+        """The command that does the same again; None where it was not `purify` with a dataset that it can name.
+
+        Values that come from outside are quoted for a shell, and reduced before to what cannot end a block of code.
+        """
+        if self.request is None or self.dataset.get("place") not in ("hub", "folder"):
+            return None
+        dataset = str(self.dataset["name"])
+        options: dict[str, Any] = {"revision": self.suspect["revision"]}
+        options["dataset_name"] = dataset if self.dataset["place"] == "hub" else f"./{dataset}"
+        for ours, theirs in DATASET_OPTIONS.items():
+            options[ours] = self.dataset.get(theirs)
+        options |= {"budget": self.request["budget"], "held_out": self.request["held_out"]}
+        options |= {"preset": self.request["preset"]} if self.request["preset"] != "default" else {}
+        options |= self.request["arguments"]
+        options |= self._options_of_the_measures() | {"output_dir": "purified"}
+        lines = [f"hf-tsc purify {_word(self.suspect['repo_id'] or './' + self.suspect['name'])}"]
+        for name, value in options.items():
+            if value is None:
+                continue
+            values = value if isinstance(value, list) else [value]
+            words = " ".join([f"--{name}", *map(_word, values)])
+            if len(lines[-1]) + len(words) < COMMAND_WIDTH:
+                lines[-1] += f" {words}"
+            else:
+                lines.append(f"    {words}")
+        return " \\\n".join(lines)
+
+    def _options_of_the_measures(self) -> dict[str, Any]:
+        """Test images of the same data set; the trigger, which is read from this report if it has settings."""
+        options: dict[str, Any] = {}
+        request = self.request or {}
+        test = request.get("test") or {}
+        if test.get("name") == self.dataset["name"]:
+            options["test_split"] = test["split"]
+        if self.attack is not None:
+            trigger, label = self.attack["trigger"], self.attack["target_label"]
+            plain_one = trigger == trigger_to_dict(trigger_from_dict({"name": trigger["name"]}))
+            options |= {"trigger": trigger["name"], "target_label": label} if plain_one else {"trigger": REPORT_FILE}
+        return options | {"prompt_template": request.get("templates"), "probe_images": request.get("probe_images")}
 
     def rows(self) -> list[tuple[str, int, str, str]]:
         """Table rows: measure, n, before, after."""
@@ -135,13 +252,18 @@ class PurificationReport:
         return rows
 
 
+def _word(value: Any) -> str:
+    """One argument in a shell's command that stands in a block of code."""
+    return shlex.quote(re.sub(r"[^ -~]|`", "_", str(value))[:200])
+
+
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def _plain(text: str) -> str:
-    """A name from outside, reduced to what cannot be markup."""
-    return re.sub(r"[^\w./ -]", "_", text)[:100]
+def plain(text: str) -> str:
+    """Text from outside, reduced to what cannot be markup, a link or a line of its own."""
+    return re.sub(r"[^\w./ =%:-]|://|www\.", "_", text, flags=re.ASCII)[:100]
 
 
 def summarise_spec(spec: PermutationSpec, error: float, control: float | None) -> dict[str, Any]:

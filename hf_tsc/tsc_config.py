@@ -24,6 +24,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 CLASSIFYING = ("cross_entropy", "distillation")
 PAIRWISE = ("simclr", "image_text")  # these compare the items of a batch with each other
 OBJECTIVES = (*CLASSIFYING, *PAIRWISE)
+TEACHER_VIEWS = ("same", "clean")
 
 # Published hyper-parameters for supervised models (hf.co/papers/2506.07467), and every Trainer default that differs.
 PAPER_PRESET: dict[str, Any] = {
@@ -82,9 +83,12 @@ OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 # Arguments of TSCConfig that do not change the result, or that name places on this machine.
-_NOT_REPORTED = (
+NOT_REPORTED = (
     "output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token", "resume_from_checkpoint", "max_steps"
 )  # fmt: skip
+
+# Beginnings of those that change nothing but what is shown and kept on the way.
+WITHOUT_EFFECT = ("logging_", "save_", "hub_", "report_to", "disable_tqdm", "use_cpu")
 
 
 @dataclass
@@ -121,6 +125,9 @@ class TSCConfig(TrainingArguments):
     objective (`str`): of classifiers `cross_entropy` (labels) or `distillation` (the suspect's own answers on clean
         images); of encoders `distillation` (its features) or `simclr`; of dual encoders `image_text`.
     temperature (`float`): of the distillation from a classifier, and of SimCLR.
+    teacher_view (`str`): what the suspect answers to when a classifier is distilled from it: `same`, the augmented and
+        mixed picture; `clean`, the picture as it is in the data set.
+    correct_teacher (`bool`): learn the label where a distilled classifier's answer is another one.
     mixup_alpha (`float`): mixup with λ ~ Beta(alpha, alpha); 0 for none.
     channels_last (`bool`): convolutions in channels-last memory format, which most accelerators prefer.
     augmentation (`str`): `none`, `crop`, `crop_flip` or `affine` (see `hf_tsc.images.Augmentation`).
@@ -158,6 +165,12 @@ class TSCConfig(TrainingArguments):
     )
     objective: str = field(default="cross_entropy", metadata={"help": "Training loss.", "choices": OBJECTIVES})
     temperature: float = field(default=2.0, metadata={"help": "Temperature of the distillation."})
+    teacher_view: str = field(
+        default="same", metadata={"help": "Pictures that a distilled suspect answers to.", "choices": TEACHER_VIEWS}
+    )
+    correct_teacher: bool = field(
+        default=False, metadata={"help": "Learn the label where the distilled suspect's answer is another one."}
+    )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup with Beta(alpha, alpha); 0 for none."})
     augmentation: str = field(
         default="crop", metadata={"help": "Random changes of the training images.", "choices": AUGMENTATIONS}
@@ -208,6 +221,13 @@ class TSCConfig(TrainingArguments):
         objective = overrides.get("objective", chosen)
         return cls(**{**family, "objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides})
 
+    def segment_steps(self, images: int) -> int:
+        """Optimisation steps a curve, over so many clean images."""
+        if self.curve_steps > 0:
+            return self.curve_steps
+        batch = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+        return max(1, round(self.curve_epochs * math.ceil(images / batch)))
+
     def _check(self) -> None:
         for name in ("curve1_t", "curve2_t"):
             if not 0 < getattr(self, name) < 1:
@@ -222,6 +242,7 @@ class TSCConfig(TrainingArguments):
             "matching": MATCHING_METHODS,
             "objective": OBJECTIVES,
             "augmentation": AUGMENTATIONS,
+            "teacher_view": TEACHER_VIEWS,
             "lr_scheduler_type": tuple(SCHEDULES),
         }
         for name, allowed in choices.items():
@@ -241,7 +262,10 @@ class TSCConfig(TrainingArguments):
         if self.sweep_points < 3:
             raise UsageError(f"sweep_points={self.sweep_points}: at least 3 are needed, two of them the ends")
         if self.push_to_hub:
-            raise UsageError("push_to_hub: pushing is not supported yet; upload the finished folder yourself")
+            raise UsageError(
+                "push_to_hub: the Trainer would publish half-purified weights; push at the end, with "
+                "`hf-tsc purify --push_to_hub`, `push_folder` or `TSCTrainer.push_to_hub()`"
+            )
         if self.load_best_model_at_end:
             raise UsageError("load_best_model_at_end: there is no best step across curves; use max_accuracy_drop")
 
@@ -253,5 +277,5 @@ def reported_arguments(config: TSCConfig) -> dict[str, Any]:
     return {
         key: value
         for key, value in values.items()
-        if key not in _NOT_REPORTED and (key in always or value != defaults.get(key))
+        if key not in NOT_REPORTED and (key in always or value != defaults.get(key))
     }

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,15 +31,18 @@ from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve import CurveModel
 from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
 from hf_tsc.derive import example_inputs, verify
-from hf_tsc.errors import PurificationError, UsageError
+from hf_tsc.errors import HfTscError, PurificationError, UsageError
 from hf_tsc.functional import call_at, forget_caches, tensors_of
+from hf_tsc.hub import Pushed, PushOptions, is_folder, push_folder
+from hf_tsc.hub.folder import sha256
 from hf_tsc.images import ImagePipeline
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, ImageClassification, Objective
 from hf_tsc.passes import match_networks
 from hf_tsc.permutation import Params, PermutationSpec, apply, moved_fraction
+from hf_tsc.report import PurificationReport, environment, summarise_spec
 from hf_tsc.specs import spec_of
-from hf_tsc.tsc_config import SCHEDULES, TSCConfig
+from hf_tsc.tsc_config import SCHEDULES, TSCConfig, reported_arguments
 
 Monitor = Callable[[Forward], float]
 
@@ -103,18 +109,11 @@ class TSCTrainer(ObjectiveTrainer):
             callbacks=[_SegmentCallback(self), *(callbacks or [])],
         )
         self.suspect.to(args.device)
-        self.segment_steps = self._segment_steps()
+        self.segment_steps = args.segment_steps(len(train_dataset))  # type: ignore[arg-type]
         self.args.max_steps = self.segment_steps * args.stages * args.rounds
         self._baseline: dict[str, float] | None = None
 
     # --- the course: one step counter, cut into segments ---------------------------------------------------------
-
-    def _segment_steps(self) -> int:
-        args = self.args
-        if args.curve_steps > 0:
-            return args.curve_steps
-        batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        return max(1, round(args.curve_epochs * math.ceil(len(self.train_dataset) / batch)))  # type: ignore[arg-type]
 
     def _segment(self, step: int) -> tuple[int, int]:
         """(round, stage), both from 1, of the segment that optimisation step `step` (from 0) belongs to."""
@@ -341,6 +340,87 @@ class TSCTrainer(ObjectiveTrainer):
             self.purified_model().save_pretrained(folder)
             processor.save_pretrained(folder)
 
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str | None = None,
+        *,
+        private: bool | None = None,
+        create_pr: bool = False,
+        onto_suspect: bool = False,
+        token: str | None = None,
+        dataset_name: str = "images that were not named",
+    ) -> Pushed:
+        """Push the purified model, after `train()`, as `hf-tsc purify --push_to_hub` does: no pickle, one commit.
+
+        Args:
+            repo_id: `owner/name`; `hub_model_id` of the arguments by default.
+            private: what a new repo is; by default `hub_private_repo` of the arguments, and private if that is None.
+            create_pr: open a pull request on a repo that exists.
+            onto_suspect: the repo may be the suspect's own.
+            token: that may write; by default `hub_token` of the arguments, else the saved one.
+            dataset_name: of the clean images, for the card.
+
+        Raises:
+            UsageError: there is nothing to push yet, or no repo is named; see `push_folder`.
+        """
+        repo_id = repo_id or self.args.hub_model_id
+        if repo_id is None:
+            raise UsageError("push_to_hub: expected a repo id, as an argument or as hub_model_id")
+        if not self.curves or self.state.global_step < self.args.max_steps:
+            raise UsageError("push_to_hub: the purification is not finished; call train() first")
+        if private is None:
+            private = self.args.hub_private_repo is not False
+        with tempfile.TemporaryDirectory(prefix="hf_tsc_") as folder:
+            self.save_model(folder)
+            self._report_of_a_folder(Path(folder), dataset_name).write(Path(folder), self.curves)
+            options = PushOptions(repo_id, private, create_pr, onto_suspect, token or self.args.hub_token)
+            return self._on_main_process(lambda: push_folder(Path(folder), options))
+
+    def _on_main_process(self, call: Callable[[], Pushed]) -> Pushed:
+        """What one process does, and what came of it in all of them."""
+        found: list[Any] = [None]
+        if self.is_world_process_zero():
+            try:
+                found = [call()]
+            except HfTscError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], HfTscError):
+            raise found[0]
+        pushed: Pushed = found[0]
+        return pushed
+
+    def report(self, *, cost: dict[str, Any], **further: Any) -> PurificationReport:
+        """The report of a finished training; `further` are its fields that the trainer does not know."""
+        evaluations = self.state.max_steps * self.args.gradient_accumulation_steps
+        return PurificationReport(
+            spec=summarise_spec(self.spec, self.verification.error, self.verification.control),
+            arguments=reported_arguments(self.args),
+            curves=[curve.to_dict() for curve in self.curves],
+            score_name=self.objective.score_name,
+            environment=environment(self.args.device),
+            cost={"gradient_evaluations": evaluations, **cost},
+            **further,
+        )
+
+    def _report_of_a_folder(self, folder: Path, dataset_name: str) -> PurificationReport:
+        """What a trainer alone knows of a purification that is saved in a folder."""
+        path, model, n = self.suspect.config.name_or_path, type(self.suspect).__name__, len(self.eval_dataset)  # type: ignore[arg-type]
+        name = "" if is_folder(path) or Path(path).exists() else path  # a place on this machine tells nobody anything
+        seconds = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
+        score, after = self.objective.score_name, self.measure(self.point(0.0))["score"]
+        return self.report(
+            suspect={"name": name or model, "repo_id": name or None, "revision": None, "architecture": model},
+            dataset={"name": dataset_name, "fingerprint": "not known", "images": [len(self.train_dataset), n]},  # type: ignore[arg-type]
+            before={"held_out": {"n": n, score: self.baseline["score"]}},
+            after={"held_out": {"n": n, score: after}},
+            purified={
+                "dtype": str(self.suspect.dtype).removeprefix("torch."),
+                "files": {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))},
+            },
+            cost={"seconds": sum(seconds)},
+        )
+
 
 class _SegmentCallback(TrainerCallback):
     """Calls the trainer at the beginning and at the end of each segment."""
@@ -372,5 +452,7 @@ def _classification(args: TSCConfig, processor: Any, suspect: PreTrainedModel, s
         teacher=suspect if args.objective == "distillation" else None,
         temperature=args.temperature,
         mixup_alpha=args.mixup_alpha,
+        teacher_view=args.teacher_view,
+        correct_teacher=args.correct_teacher,
         score_name=score_name,
     )

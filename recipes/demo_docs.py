@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 from hf_tsc.demo import DEMO_MODELS, RESULT_FILE, best_fine_tuning, run_demo
-from hf_tsc.report import CARD_FILE, PLOT_FILE
+from hf_tsc.folders import CARD_FILE, PLOT_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, CARDS, README = ROOT / "docs" / "demo", ROOT / "model_cards", ROOT / "README.md"

@@ -1,198 +1,194 @@
-"""A Hugging Face Hub on 127.0.0.1, in memory, standard library only: what the client needs to pull, and faults.
+"""A Hugging Face Hub on 127.0.0.1, in memory: what the client needs to pull and push, and all that can go wrong.
 
-Its answers follow the source of huggingface_hub 2.4; that the real Hub answers the same way is not proven here.
+Repos are in `loopback_hub_repos`, answers in `loopback_hub_routes`; here are the server, its log and its faults. Only
+the standard library is used, and PyYAML for model cards. The answers follow the source of huggingface_hub 2.4; that
+the real Hub answers the same way is not proven here. Xet is not served.
 """
 
-import hashlib
-import json
 import re
 import socket
-import threading
+import struct
+import sys
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from threading import Thread
+from time import sleep  # by name: a test that replaces `time.sleep` means the client's
+from urllib.parse import parse_qsl, unquote, urlsplit
 
-_LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
-_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?")
-_RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+from loopback_hub_repos import Files, Repos
+from loopback_hub_routes import Answer, Call, answer
 
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests whose "METHOD /path" matches `pattern`."""
+    """What goes wrong with the next requests whose "METHOD /path" (unquoted, without a query) matches `pattern`.
+
+    `status` and `drop` come instead of carrying out the request or, if `after`, instead of the answer to a request
+    that was carried out. The others spoil an answer. They combine: `drop` with `reset`, `slow` with anything.
+    """
 
     pattern: str
-    times: int = 1
-    status: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    corrupt: bool = False
-    drop: bool = False
+    times: int | None = 1  # None: for ever
+    status: int | None = None  # an answer with this status and an empty JSON object
+    headers: dict[str, str] = field(default_factory=dict)  # of that answer, or more of them for the normal one
+    drop: bool = False  # the connection is closed before any answer
+    after: bool = False  # the request is carried out first
+    slow: float = 0.0  # seconds to wait, before the request is carried out, or after it if `after`
+    corrupt: bool = False  # one bit of the body's last byte is flipped
+    cut: int | None = None  # the connection is closed after so many bytes of the body; Content-Length says more
+    reset: bool = False  # that closing (by default in the middle of the body) is a TCP reset
+
+    def __post_init__(self) -> None:
+        if self.status is None and not (
+            self.headers or self.drop or self.slow or self.corrupt or self.reset or self.cut is not None
+        ):
+            raise ValueError(f"Fault {self.pattern!r} does nothing.")
 
 
 @dataclass
 class Request:
-    """One line of the request log."""
+    """One line of the request log, in the order of arrival."""
 
     method: str
     path: str
-    headers: dict[str, str]
-    status: int
+    headers: dict[str, str]  # names in lower case
+    status: int  # of the answer as sent; 0 if there was none, or not yet
+    query: str = ""
 
 
-class HubError(Exception):
-    """An answer with a status and the `X-Error-Code` by which the client tells errors apart."""
+class LoopbackHub(Repos):
+    """A Hub that serves from its construction to `close`.
 
-    def __init__(self, code: str, headers: dict[str, str] | None = None):
-        super().__init__(code)
-        self.headers = {"X-Error-Code": code, **(headers or {})}
+    While there are no users, tokens are not looked at; so nobody can push.
+    """
 
-
-class LoopbackHub:
-    """Repos by name (`owner/name`, `datasets/owner/name`), each with commits (sha -> files) and the branch `main`."""
-
-    def __init__(self, repos: dict[str, dict[str, bytes]]):
-        self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
-        self.main: dict[str, str] = {}
+    def __init__(self, repos: dict[str, Files]):
+        super().__init__()
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
-        self.lock = threading.Lock()
+        self.cdn = False  # LFS files are served (by redirect) and taken by another origin
         for name, files in repos.items():
             self.commit(name, files)
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self.server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
+        self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        port = self.server.server_address[1]
+        self.endpoint = f"http://127.0.0.1:{port}"
+        self.other_origin = f"http://localhost:{port}"  # the same server; to the client, a stranger
+        self.thread = Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
         self.thread.start()
 
-    def commit(self, repo: str, files: dict[str, bytes]) -> str:
-        """Make `files` the whole content of `main`; returns the commit. Earlier commits stay."""
-        commits = self.commits.setdefault(repo, {})
-        listing = "".join(f"{name}{git_oid(data)}" for name, data in sorted(files.items()))
-        sha = hashlib.sha1(f"{repo}{len(commits)}{listing}".encode()).hexdigest()
-        commits[sha] = files
-        self.main[repo] = sha
-        return sha
+    @property
+    def storage(self) -> str:
+        """The origin that LFS files come from and go to."""
+        return self.other_origin if self.cdn else self.endpoint
 
     def fault(self, pattern: str, **fault) -> None:
         """Add a `Fault`; earlier ones come first."""
         self.faults.append(Fault(pattern, **fault))
 
     def reset(self) -> None:
-        """Forget faults and the request log, not the repos."""
-        self.faults.clear()
-        self.requests.clear()
+        """Forget faults, the request log, users and `cdn`; not the repos, nor which are private or gated."""
+        with self.lock:
+            self.faults.clear()
+            self.requests.clear()
+            self.tokens.clear()
+            self.readers.clear()
+            self.allowed.clear()
+            self.cdn = False
 
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
 
-    def take_fault(self, method: str, path: str) -> Fault:
+    def take_fault(self, request: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                if fault.times > 0 and re.search(fault.pattern, f"{method} {path}"):
-                    fault.times -= 1
+                if fault.times != 0 and re.search(fault.pattern, request):
+                    if fault.times is not None:
+                        fault.times -= 1
                     return fault
-        return Fault("")
+        return None
 
-    def files_at(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]]:
-        """The commit that `revision` is, and its files."""
-        if repo not in self.commits:
-            raise HubError("RepoNotFound")
-        sha = self.main[repo] if revision == "main" else revision
-        if sha not in self.commits[repo]:
-            raise HubError("RevisionNotFound")
-        return sha, self.commits[repo][sha]
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """A client that went away is no error; anything else is one of the loopback Hub, and printed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"  # keep-alive: each answer carries its exact length
+    disable_nagle_algorithm = True  # else the body waits 40 ms for the client to acknowledge the headers
 
-    def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        fault = self.hub.take_fault(self.command, path)
+    def serve(self):
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        call = Call(self.command, url.path, dict(parse_qsl(url.query)), self.headers, self.read_body())
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        line = Request(self.command, path, headers, 0, url.query)
+        self.hub.requests.append(line)  # before any delay: not into the log of a later test
+        fault = self.hub.take_fault(f"{self.command} {path}")
+        reply = self.spoilt(call, fault) if fault else answer(self.hub, call)
+        if reply is None:
+            self.hang_up(reset=fault.reset)
+        else:
+            line.status = reply.status
+            self.send(reply, fault)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
+
+    def spoilt(self, call: Call, fault: Fault) -> Answer | None:
+        """The answer under `fault`; None: there is none."""
+        reply = None
+        if fault.after:
+            reply = answer(self.hub, call)
+        sleep(fault.slow)
         if fault.drop:
-            self.hub.requests.append(Request(self.command, path, dict(self.headers), 0))
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        status, headers, body = self.answer(path)
+            return None
         if fault.status is not None:
-            status, headers, body = fault.status, {"Content-Type": "application/json"}, b"{}"
-        if fault.corrupt:
-            body = body[:-1] + bytes([body[-1] ^ 1])
-        self.hub.requests.append(Request(self.command, path, dict(self.headers), status))
-        self.send(status, headers | fault.headers, body)
+            reply = Answer(fault.status, {"Content-Type": "application/json"}, b"{}")
+        elif reply is None:
+            reply = answer(self.hub, call)
+        if fault.corrupt and reply.body:
+            reply.body = reply.body[:-1] + bytes([reply.body[-1] ^ 1])
+        reply.headers |= fault.headers
+        return reply
 
-    do_HEAD = do_GET
+    def read_body(self) -> bytes:
+        """The whole body, which a client that streams sends in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
 
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        try:
-            if match := _API.fullmatch(path):
-                return 200, {"Content-Type": "application/json"}, json.dumps(self.api(*match.groups())).encode()
-            if match := _RESOLVE.fullmatch(path):
-                return 200, *self.resolve(*match.groups())
-            raise HubError("NoSuchRoute")
-        except HubError as error:
-            return 404, error.headers, b"{}"
-
-    def api(self, kind: str, name: str, what: str | None, revision: str | None, folder: str | None):
-        repo = name if kind == "models" else f"{kind}/{name}"
-        sha, files = self.hub.files_at(repo, revision or "main")
-        if what == "tree":
-            recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
-            return tree(files, folder, recursive=recursive)
-        siblings = [{"rfilename": path} for path in sorted(files)]
-        return {"id": name, "sha": sha, "siblings": siblings, "tags": [], "private": False, "gated": False}
-
-    def resolve(self, kind: str | None, name: str, revision: str, path: str) -> tuple[dict[str, str], bytes]:
-        sha, files = self.hub.files_at(f"{kind or ''}{name}", revision)
-        if path not in files:
-            raise HubError("EntryNotFound", {"X-Repo-Commit": sha})
-        data = files[path]
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{git_oid(data)}"'}
-        if path.endswith(_LFS_SUFFIXES):
-            digest = hashlib.sha256(data).hexdigest()
-            headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
-        return headers, data
-
-    def send(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+    def send(self, reply: Answer, fault: Fault | None) -> None:
+        cut = fault and (len(reply.body) // 2 if fault.reset and fault.cut is None else fault.cut)
+        self.send_response(reply.status)
+        for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        self.wfile.write(reply.body[:cut])
+        if cut is not None:
+            self.hang_up(reset=fault.reset)
+
+    def hang_up(self, *, reset: bool) -> None:
+        self.close_connection = True
+        if not reset:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.rfile.close()  # it holds the connection open
+        self.connection.close()
 
     def log_message(self, *args):
         """Keep the test output clean; `LoopbackHub.requests` is the log."""
-
-
-def tree(files: dict[str, bytes], folder: str | None, *, recursive: bool) -> list[dict]:
-    """The entries of `folder` (None: the root) as `list_repo_tree` expects them."""
-    prefix = f"{folder}/" if folder else ""
-    inside = {path: data for path, data in sorted(files.items()) if path.startswith(prefix)}
-    if folder and not inside:
-        raise HubError("EntryNotFound")
-    entries, folders = [], set()
-    for path, data in inside.items():
-        parents = path.removeprefix(prefix).split("/")[:-1]
-        folders |= {
-            prefix + "/".join(parents[: i + 1]) for i in range(len(parents) if recursive else min(len(parents), 1))
-        }
-        if recursive or not parents:
-            entries.append(tree_file(path, data))
-    return entries + [{"type": "directory", "path": path, "oid": git_oid(path.encode())} for path in sorted(folders)]
-
-
-def tree_file(path: str, data: bytes) -> dict:
-    entry = {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
-    if path.endswith(_LFS_SUFFIXES):
-        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-    return entry
-
-
-def git_oid(data: bytes) -> str:
-    """The sha1 by which git names a blob."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -109,7 +109,7 @@ class TestHelp:
         assert caught.value.code == 0
         out, err = capsys.readouterr()
         assert f"usage: hf-tsc {command} " in out
-        assert "--output_dir" in out or command in ("evaluate", "spec", "benchmark")
+        assert "--output_dir" in out or command in ("evaluate", "push", "spec", "benchmark")
         assert err == ""
 
     def test_overview(self, capsys):
@@ -397,7 +397,9 @@ class TestWrongInput:
             (["--revision", "main"], "only Hub repos have revisions"),
             (["--trigger", "badnets"], "needs --target_label"),
             (["--trigger", "badnets", "--target_label", "10"], "the model has the classes 0 to 9"),
-            (["--push_to_hub"], "pushing is not supported yet"),
+            (["--push_to_hub"], "expected one argument"),
+            (["--push_to_hub", "me"], r"expected a repo id .`owner/name`."),
+            (["--create_pr"], "go with --push_to_hub"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
@@ -427,7 +429,7 @@ class TestWrongInput:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["purify"], "the following arguments are required: MODEL"),
+            (["purify"], "MODEL is missing: name repo ids or folders"),
             (["purify", "./x", "--dataset_name", "y"], "--output_dir is missing"),
             (["purify", "--dataset_name"], "expected one argument"),
             (["evaluate"], "the following arguments are required: MODEL"),
@@ -435,7 +437,7 @@ class TestWrongInput:
             (["train-suspect"], "the following arguments are required: CONFIG"),
             (["spec", "./x", "y"], "y"),
             (["demo", "--models", "bert"], "invalid choice: 'bert'"),
-            (["cleanse"], "unknown command 'cleanse': expected one of purify, evaluate"),
+            (["cleanse"], "unknown command 'cleanse': expected one of purify, push, evaluate"),
             (["evaluate", "./no/such/folder"], "The folder no/such/folder does not exist"),
             (["spec", "nobody/nothing"], "Could not find nobody/nothing: there is no such repo"),
             (["spec", "no name/"], "this is not a repo id"),
@@ -551,7 +553,7 @@ class TestFailure:
         def stop(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(cli, "purify", stop)
+        monkeypatch.setattr("hf_tsc.many.purify", stop)
         assert main(purify_args(models / "vit", data / "digits", tmp_path / "out")) == 130
         err = capsys.readouterr().err
         assert err.startswith("hf-tsc: interrupted")

@@ -1,6 +1,7 @@
 """Result folders that are whole or not there, and checkpoints that can be trusted."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,14 @@ class TestLastWholeCheckpoint:
         self.checkpoint(tmp_path, "best")
         self.checkpoint(tmp_path, "5.tmp")
         assert last_whole_checkpoint(tmp_path) is None
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    dead = tmp_path / f".out.{2**22 + 1}.tmp"  # more than any process has for its number
+    own, other, others = (tmp_path / name for name in (f".out.{os.getpid()}.tmp", ".out.1.tmp", f".outer.{2**22}.tmp"))
+    for folder in (dead, own, other, others):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+    with finished_folder(tmp_path / "out") as folder:
+        assert not list(folder.iterdir())
+    assert sorted(tmp_path.iterdir()) == sorted([other, others, tmp_path / "out"])

@@ -32,6 +32,7 @@ from transformers import (
 
 from hf_tsc.errors import HfTscError, UsageError
 from hf_tsc.hub import Source, check_folder, load_image_processor, load_model, resolve_model
+from hf_tsc.hub.folder import kept
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 TOWER = {**TINY, "projection_dim": 8}
@@ -318,6 +319,13 @@ def test_link_within_the_folder_is_fine(folder):
 # Loading
 
 
+def test_what_does_not_pass_into_a_purified_model():
+    own = {"hidden_size": 8, "layers": [{"kernel": 3}]}
+    nested = {"_attn_implementation": "evil/kernel", "_name_or_path": "/place", **own}
+    config = {**own, "custom_pipelines": {"x": {"impl": "evil.Evil"}}, "vision_config": nested, "towers": [nested]}
+    assert kept(config) == {**own, "vision_config": own, "towers": [own]}
+
+
 @pytest.mark.parametrize("where", ["attn_implementation", "_attn_implementation", "vision_config"])
 def test_hub_kernel_in_the_config_is_overridden(saved, tmp_path, where):
     folder = Path(shutil.copytree(saved["clip"], tmp_path / "clip"))
@@ -454,7 +462,7 @@ def test_image_processor_refused(folder, content, message):
 @pytest.fixture
 def repo(hub, saved, request, tmp_path, monkeypatch):
     """A fresh repo with the tiny ViT (and a pickle and code, never to be fetched); returns its name and `pull`."""
-    monkeypatch.setattr("hf_tsc.hub.sleep", lambda seconds: waits.append(seconds))
+    monkeypatch.setattr("hf_tsc.hub.retry.sleep", lambda seconds: waits.append(seconds))
     waits: list[float] = []
     # The client waits between tries of its own.
     monkeypatch.setattr(
@@ -526,6 +534,16 @@ def test_main_that_moves_in_between_is_harmless(repo, monkeypatch):
     assert (source.path / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
+def test_a_repo_under_an_old_name_gets_its_own(repo, monkeypatch):
+    def renamed(*args, real=HfApi.model_info, **kwargs):
+        answer = real(*args, **kwargs)
+        answer.id = "somebody/new-name"
+        return answer
+
+    monkeypatch.setattr(HfApi, "model_info", renamed)
+    assert repo.pull().repo_id == "somebody/new-name"
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_corrupted_byte_is_caught(repo, name):
     repo.hub.fault(f"GET .*resolve/.*/{name}", corrupt=True)
@@ -547,7 +565,7 @@ def test_incomplete_cache_that_the_client_returns_is_caught(repo, monkeypatch):
     path = repo.pull().path
     (path / "config.json").unlink()
     # What the client does, with a log line, when the listing fails and a folder of that commit is in the cache.
-    monkeypatch.setattr("hf_tsc.hub.snapshot_download", lambda *args, **kwargs: str(path))
+    monkeypatch.setattr("hf_tsc.hub.source.snapshot_download", lambda *args, **kwargs: str(path))
     with pytest.raises(HfTscError, match=r"config\.json of .* differ from what the Hub lists"):
         repo.pull()
 
@@ -564,7 +582,11 @@ def test_token_is_sent_only_if_asked(repo, monkeypatch, token, sent):
     assert {header.get("authorization") for header in headers} == {sent}
 
 
-STEPS = {"find": "GET /api/models/[^/]+/[^/]+$", "download": "GET .*/resolve/.*/model", "verify": "GET .*/tree/"}
+STEPS = {
+    "find": "GET /api/models/[^/]+/[^/]+(/revision/.*)?$",
+    "download": "GET .*/resolve/.*/model",
+    "verify": "GET .*/tree/",
+}
 
 
 @pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"status": 408}, {"drop": True}], ids=str)
@@ -593,6 +615,12 @@ def test_the_wait_asked_for_is_honoured(repo, headers, wait):
     assert repo.waits == [wait]
 
 
+def test_a_limit_that_is_not_used_up_is_not_waited_for(repo):
+    repo.hub.fault(STEPS["find"], status=503, headers={"ratelimit": '"api";r=400;t=290'})
+    repo.pull()
+    assert repo.waits == [1.0]
+
+
 def test_a_wait_without_end_is_not_waited_for(repo):
     repo.hub.fault(STEPS["find"], status=429, headers={"Retry-After": "4000"})
     with pytest.raises(HfTscError, match="the Hub answered 429 and asks to wait 4000 s"):
@@ -600,42 +628,87 @@ def test_a_wait_without_end_is_not_waited_for(repo):
     assert repo.waits == []
 
 
-@pytest.mark.parametrize(
-    ("step", "cached", "fault"),
-    [
-        ("find", False, {"status": 503}),
-        ("find", False, {"drop": True}),
-        ("find", True, {"status": 503}),
-        ("find", True, {"drop": True}),
-        ("download", False, {"status": 503}),
-        ("verify", True, {"status": 503}),
-        ("verify", True, {"drop": True}),
-    ],
-)
-def test_a_dead_hub_is_an_error_never_a_cached_model(repo, step, fault, cached):
-    if cached:
+DEAD = [{"status": 503}, {"drop": True}]
+
+
+@pytest.mark.parametrize("fault", DEAD, ids=str)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_dead_hub_and_nothing_in_the_cache_is_an_error(repo, step, fault):
+    if step == "verify":
+        fault = {**fault, "times": 1000}
+    repo.hub.fault(STEPS[step], **{"times": 1000, **fault})
+    with pytest.raises(
+        HfTscError, match=f"Could not (find|download|verify) {repo.name}: .* Try again later"
+    ) as caught:
         repo.pull()
+    assert caught.value.exit_code == 1
+    assert len(repo.waits) >= 3
+
+
+@pytest.mark.parametrize("fault", DEAD, ids=str)
+@pytest.mark.parametrize("step", ["find", "verify"])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_dead_hub_and_a_warm_cache_say_which_commit_is_used(repo, step, fault, pinned):
+    first = repo.pull()
+    repo.hub.commit(repo.name, repo.files)
+    if step == "verify":
+        repo.pull()  # each commit is another to the cache
     repo.hub.fault(STEPS[step], times=1000, **fault)
-    with pytest.raises(HfTscError, match=f"Could not {step} {repo.name}: .*No cached copy was used") as caught:
+    source = repo.pull(revision=first.revision if pinned else None)
+    assert source.file_hashes == first.file_hashes
+    assert source.revision == (first.revision if pinned or step == "find" else repo.hub.main[repo.name])
+    assert len(source.notes) == 1
+    assert f"at commit {source.revision} in the cache was used" in source.notes[0]
+    assert first.notes == ()
+
+
+def test_a_subfolder_that_another_program_got_does_not_matter(repo):
+    source = repo.pull()
+    (source.path / "onnx").mkdir()
+    (source.path / "onnx" / "model.onnx").write_text("")
+    repo.hub.fault(STEPS["find"], times=1000, status=503)
+    assert repo.pull().revision == source.revision
+
+
+@pytest.mark.parametrize("change", ["edited", "added", "replaced"])
+def test_a_changed_cache_is_caught_when_the_hub_is_dead(repo, change):
+    path = repo.pull().path
+    name = {"edited": "config.json", "added": "adapter_config.json", "replaced": "model.safetensors"}[change]
+    if change == "replaced":
+        (path / name).unlink()
+    (path / name).write_text("{}")
+    repo.hub.fault(STEPS["find"], times=1000, status=503)
+    with pytest.raises(HfTscError, match=f"{name} of .* differ from what the Hub lists"):
         repo.pull()
-    assert not isinstance(caught.value, UsageError)
-    assert "\n" not in str(caught.value)
-    assert repo.waits == [1.0, 2.0, 4.0]
 
 
-def test_offline_mode_is_an_error(repo, monkeypatch):
-    repo.pull()
+@pytest.mark.parametrize("cached", [False, True])
+def test_offline_mode_uses_the_cache_or_is_an_error(repo, monkeypatch, cached):
+    first = repo.pull() if cached else None
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(HfTscError, match=r"Could not find .*OfflineModeIsEnabled"):
-        repo.pull()
+    if first is None:
+        with pytest.raises(HfTscError, match=r"Could not find .*OfflineModeIsEnabled"):
+            repo.pull()
+    else:
+        assert repo.pull().revision == first.revision
     assert repo.waits == []
+
+
+def test_a_half_downloaded_commit_is_not_taken_from_the_cache(repo):
+    repo.hub.fault(STEPS["download"], times=1000, status=503)
+    for _ in range(2):  # the configuration comes; in the cache there is then a folder of that commit
+        with pytest.raises(HfTscError, match=r"Could not download .*the Hub answered 503"):
+            repo.pull()
+    repo.hub.fault(STEPS["find"], times=1000, status=503)
+    with pytest.raises(HfTscError, match=r"Could not find .*: the Hub answered 503"):
+        repo.pull()
 
 
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
         (403, "GatedRepo", "it is gated; accept its terms"),
-        (401, "Bad", "Could not download .*: the Hub refuses it; give a token"),
+        (401, "Bad", "Could not download .*: the Hub refuses it .401.; give a token"),
         (404, "RepoNotFound", "there is no such repo, or it is private"),
     ],
 )

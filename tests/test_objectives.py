@@ -110,6 +110,65 @@ class TestImageClassification:
         logits = [one(model.seen[0]).logits for one in (Linear(1), Linear(2))]
         assert loss.item() == pytest.approx(distillation_loss(*logits, 3.0).item(), rel=1e-6)
 
+    def test_a_teacher_of_clean_pictures_sees_them_as_they_are_and_its_answers_are_mixed(self):
+        model, teacher, data = Linear(1), Linear(2), batch(labelled=False)
+        options = {"temperature": 3.0, "mixup_alpha": 1.0, "teacher_view": "clean"}
+        objective = ImageClassification(PIPELINE, augmentation="crop", teacher=teacher, **options)
+        loss = objective.loss(model, data, seed=5)
+        assert torch.equal(teacher.seen[0], PIPELINE.model_input(data["pixels"]))
+        augmented = Augmentation("crop")(data["pixels"].float() / 255, seed=5)
+        mixed, partner, share = Mixup(1.0)(augmented, seed=5)
+        assert torch.equal(model.seen[0], PIPELINE.normalize(mixed))
+        answers = F.softmax(Linear(2)(teacher.seen[0]).logits.double() / 3, dim=-1)
+        target = share.double()[:, None] * answers + (1 - share.double()[:, None]) * answers[partner]
+        own = F.log_softmax(Linear(1)(model.seen[0]).logits.double() / 3, dim=-1)
+        expected = 9 * (target * (target.log() - own)).sum(-1).mean()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    @pytest.mark.parametrize("mixup_alpha", [0.0, 1.0])
+    @pytest.mark.parametrize("view", ["same", "clean"])
+    def test_a_wrong_answer_of_the_teacher_gives_way_to_the_label(self, view, mixup_alpha):
+        model, teacher, data = Linear(1), Linear(2), batch(24)
+        options = {"temperature": 2.0, "mixup_alpha": mixup_alpha, "teacher_view": view, "correct_teacher": True}
+        loss = ImageClassification(PIPELINE, teacher=teacher, **options).loss(model, data, seed=5)
+        labels, n = data["labels"], 24
+        partner, share = torch.arange(n), torch.ones(n)
+        if mixup_alpha:
+            _, partner, share = Mixup(mixup_alpha)(data["pixels"].float() / 255, seed=5)
+        answers = F.softmax(Linear(2)(teacher.seen[0]).logits.double() / 2, dim=-1)
+        if view == "clean":
+            answers = share.double()[:, None] * answers + (1 - share.double()[:, None]) * answers[partner]
+        logits = Linear(1)(model.seen[0]).logits.double()
+        expected, right = 0.0, 0
+        for i in range(n):
+            if answers[i].argmax() in (labels[i], labels[partner[i]]):
+                right += 1
+                expected += 4 * (answers[i] * (answers[i].log() - F.log_softmax(logits[i] / 2, -1))).sum()
+            else:
+                log_p = F.log_softmax(logits[i], -1)
+                expected -= share[i] * log_p[labels[i]] + (1 - share[i]) * log_p[labels[partner[i]]]
+        assert 0 < right < n
+        assert loss.item() == pytest.approx((expected / n).item(), rel=1e-5)
+
+    def test_without_labels_nothing_is_corrected(self):
+        data = batch(labelled=False)
+        losses = [
+            ImageClassification(PIPELINE, teacher=Linear(2), correct_teacher=correct).loss(Linear(1), data, seed=1)
+            for correct in (False, True)
+        ]
+        assert torch.equal(*losses)
+
+    @pytest.mark.parametrize("mixup_alpha", [0.0, 1.0])
+    def test_both_views_are_one_without_changes_of_the_pictures(self, mixup_alpha):
+        # with mixup the suspect is asked of mixed pictures, or its answers are mixed: that is not the same
+        losses = [
+            ImageClassification(PIPELINE, teacher=Linear(2), mixup_alpha=mixup_alpha, teacher_view=view)
+            .loss(Linear(1), batch(), seed=1)
+            .item()
+            for view in ("same", "clean")
+        ]
+        assert (losses[0] == pytest.approx(losses[1], rel=1e-6)) == (mixup_alpha == 0)
+
     def test_no_gradient_to_the_teacher(self):
         model, teacher = Linear(1), Linear(2)
         model.weight.requires_grad_()

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import socket
 from importlib.metadata import version
 
@@ -14,7 +15,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_tsc.curve_result import CurvePoint, CurveResult
-from hf_tsc.report import PLOT_FILE, REPORT_FILE, PurificationReport, environment, plot_curves, summarise_spec
+from hf_tsc.folders import PLOT_FILE, REPORT_FILE
+from hf_tsc.report import PurificationReport, environment, plot_curves, summarise_spec
 
 CURVES = [
     CurveResult(1, 1, 4, 0.5, [CurvePoint(t, 2.0, s) for t, s in ((0.0, 0.9), (0.5, 0.8), (1.0, 0.9))], 0.6),
@@ -75,7 +77,7 @@ def front_matter(text: str) -> dict:
 
 
 def table_rows(text: str) -> list[list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    lines = [line for line in text.split("## What was not shown")[0].splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
 
 
@@ -104,12 +106,77 @@ class TestJson:
 class TestCard:
     def test_front_matter(self):
         text = str(report().card())
+        accuracy = {"type": "accuracy", "value": 0.9, "name": "clean accuracy"}
+        result = {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": "digits (held-out)", "type": "digits"},
+            "metrics": [accuracy],
+        }
         assert front_matter(text) == {
             "library_name": "transformers",
             "pipeline_tag": "image-classification",
             "tags": ["hf-tsc", "backdoor-purification", "arxiv:2506.07467"],
+            "model-index": [{"name": "digits-purified", "results": [result]}],
         }
         assert ModelCard(text).data.to_dict() == front_matter(text)
+
+    def test_the_model_index_holds_what_the_test_images_gave(self):
+        (entry,) = front_matter(str(attacked().card()))["model-index"]
+        (result,) = entry["results"]
+        assert result["dataset"] == {"name": "digits (test)", "type": "digits"}
+        accuracy, success = result["metrics"]
+        assert (accuracy["type"], accuracy["value"]) == ("accuracy", 0.94)
+        assert (success["type"], success["value"], success["args"]) == (
+            "attack_success_rate",
+            0.051,
+            {"target_label": 3},
+        )
+
+    def test_dataset_and_license_of_the_hub(self):
+        made = report()
+        text = str(
+            report(
+                dataset={**made.dataset, "name": "someone/digits", "revision": "d" * 40},
+                suspect={**made.suspect, "license": "apache-2.0"},
+            ).card()
+        )
+        assert front_matter(text)["datasets"] == ["someone/digits"]
+        assert front_matter(text)["license"] == "apache-2.0"
+        assert f"commit `{'d' * 40}`" in text
+
+    def test_settings_and_versions(self):
+        text = str(report().card())
+        assert "| `objective` | cross_entropy |" in text
+        assert "hf_tsc 9.9." in text
+
+    def test_the_command_that_repeats_it(self):
+        made = report()
+        request = {"budget": "5%", "held_out": 0.2, "preset": "paper", "arguments": {"rounds": 2, "seed": 7}}
+        request["arguments"]["move_spaces"] = ["hidden", "heads"]
+        suspect = {**made.suspect, "name": "someone/vit", "repo_id": "someone/vit", "revision": "f" * 40}
+        dataset = {**made.dataset, "name": "a/b", "revision": "d" * 40, "split": "train", "image_column": "image"}
+        dataset["place"] = "hub"
+        command = report(request=request, suspect=suspect, dataset=dataset).command()
+        assert max(map(len, command.splitlines())) <= 102
+        assert command.replace(" \\\n   ", "") == (
+            f"hf-tsc purify someone/vit --revision {'f' * 40} --dataset_name a/b --dataset_split train "
+            f"--dataset_revision {'d' * 40} --image_column_name image --budget 5% --held_out 0.2 --preset paper "
+            "--rounds 2 --seed 7 --move_spaces hidden heads --output_dir purified"
+        )
+        local = report(request=request, dataset={**made.dataset, "place": "folder"}).command()
+        assert local.startswith("hf-tsc purify ./digits --dataset_name ./digits --budget 5%")
+        assert report(request=request, dataset={**made.dataset, "place": "memory"}).command() is None
+        assert report().command() is None
+        assert "hf-tsc purify" not in str(report().card())
+        assert command in str(report(request=request, suspect=suspect, dataset=dataset).card())
+
+    def test_a_hostile_name_is_one_word_of_the_command(self):
+        made = report()
+        request = {"budget": "5%", "held_out": 0.2, "preset": "default", "arguments": {}}
+        dataset = {**made.dataset, "name": "x; rm -rf $HOME `id` \n'\"&", "split": "a b", "place": "folder"}
+        words = shlex.split(report(request=request, dataset=dataset).command())
+        assert words[3:5] == ["--dataset_name", "./x; rm -rf $HOME _id_ _'\"&"]
+        assert words[5:7] == ["--dataset_split", "a b"]
 
     def test_base_model(self):
         suspect = {**report().suspect, "name": "someone/vit", "repo_id": "someone/vit", "revision": "f" * 40}
@@ -127,7 +194,7 @@ class TestCard:
         text = str(report(notes=["The labels have no names."]).card())
         for part in (
             "# digits-purified\n",
-            "One run with seed 7.",
+            "One run with seed 7:",
             "4 images of `digits`",
             "3 to train and match on",
             "1 held out",
@@ -174,12 +241,14 @@ class TestCard:
     )
     def test_hostile_names_are_harmless(self, name):
         # The card is that of a harmless name, with nothing but letters, digits and ` ._/-` in the name's place.
-        text = str(named(name).card())
-        pattern = re.escape(str(named("HARMLESS").card())).replace("HARMLESS", r"([\w./ -]{1,100})")
-        match = re.fullmatch(pattern, text)
+        text, harmless = str(named(name).card()), str(named("HARMLESS").card())
+        body = harmless.split("---\n", 2)[2]
+        match = re.fullmatch(re.escape(body).replace("HARMLESS", r"([\w./ =%:-]{1,100})"), text.split("\n---\n", 1)[1])
         assert match
         assert len(set(match.groups())) == 1
-        assert front_matter(text) == front_matter(str(report().card()))
+        assert "://" not in match[1]
+        front = json.dumps(front_matter(harmless)).replace("HARMLESS", match[1])
+        assert front_matter(text) == json.loads(front)
 
     def test_hostile_fingerprint_is_harmless(self):  # `state.json` of a saved dataset may hold any
         plain = report()

@@ -18,7 +18,7 @@ from hf_tsc.images import AUGMENTATIONS, PixelDataset
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import ImageClassification, Objective
 from hf_tsc.permutation import Params
-from hf_tsc.tsc_config import OBJECTIVES, PAIRWISE
+from hf_tsc.tsc_config import OBJECTIVES, PAIRWISE, TEACHER_VIEWS
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,16 @@ class FineTuning:
     weight_decay: float = 0.0
     objective: str = "cross_entropy"
     temperature: float = 2.0
+    teacher_view: str = "same"
+    correct_teacher: bool = False
     mixup_alpha: float = 0.0
     augmentation: str = "none"
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise UsageError(f"objective={self.objective!r}: expected one of {', '.join(OBJECTIVES)}")
+        if self.teacher_view not in TEACHER_VIEWS:
+            raise UsageError(f"teacher_view={self.teacher_view!r}: expected one of {', '.join(TEACHER_VIEWS)}")
         if self.augmentation not in AUGMENTATIONS:
             raise UsageError(f"augmentation={self.augmentation!r}: expected one of {', '.join(AUGMENTATIONS)}")
         for name in ("steps", "batch_size"):
@@ -84,6 +88,8 @@ def fine_tune(
             teacher=suspect if settings.objective == "distillation" else None,
             temperature=settings.temperature,
             mixup_alpha=settings.mixup_alpha,
+            teacher_view=settings.teacher_view,
+            correct_teacher=settings.correct_teacher,
         )
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(

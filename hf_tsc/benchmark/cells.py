@@ -171,7 +171,15 @@ def _rounded(measures: Measures) -> Measures:
 def _loss_config(cell: Cell, suspect: PreTrainedModel) -> TSCConfig:
     """The settings of a cell, as far as they make a loss, with the defaults that its method would take."""
     objectives = TASKS[cell.suspect.kind].objectives
-    known = {"objective", "augmentation", "temperature", "mixup_alpha", "per_device_train_batch_size"}
+    known = {
+        "objective",
+        "augmentation",
+        "temperature",
+        "teacher_view",
+        "correct_teacher",
+        "mixup_alpha",
+        "per_device_train_batch_size",
+    }
     given = {name: value for name, value in cell.settings.items() if name in known}
     if cell.method == "fine_tuning":
         given["per_device_train_batch_size"] = cell.settings.get("batch_size", FineTuning.batch_size)

@@ -45,6 +45,11 @@ class ImageClassification:
         teacher: the suspect in eval mode, for distillation; None trains on labels.
         temperature: of the distillation.
         mixup_alpha: 0 for none.
+        teacher_view: what the suspect answers to: `same`, the picture that the point sees, augmented and mixed; or
+            `clean`, the picture as it is in the data set, its answers mixed as the pictures are. A suspect behaves on
+            clean images; a shift or a rotation can make something like its trigger of them.
+        correct_teacher: where the suspect's answer is not the label (with mixup: neither label), the labels are
+            learned in its place; where there are none, this has no effect.
     """
 
     head: nn.Module | None = None
@@ -58,8 +63,11 @@ class ImageClassification:
         temperature: float = 2.0,
         mixup_alpha: float = 0.0,
         score_name: str = "accuracy",
+        teacher_view: str = "same",
+        correct_teacher: bool = False,
     ):
         self.pipeline = pipeline
+        self.teacher_view, self.correct_teacher = teacher_view, correct_teacher
         self.augmentation = Augmentation(augmentation)
         self.teacher = teacher
         self.temperature = temperature
@@ -74,12 +82,36 @@ class ImageClassification:
         inputs = self.pipeline.normalize(pixels)
         logits = logits_of(forward, inputs)
         if self.teacher is not None:
-            with torch.no_grad():
-                target = logits_of(self.teacher, inputs)
-            return distillation_loss(logits, target, self.temperature)
+            taught = self._taught(batch, inputs, partner, share)
+            if self.correct_teacher and "labels" in batch:
+                return self._corrected(logits, taught, batch["labels"], partner, share)
+            return distillation_loss(logits, taught, self.temperature)
         if "labels" not in batch:
             raise UsageError("the cross-entropy objective needs labels and the data set has none; use distillation")
         return mixed_cross_entropy(logits, batch["labels"], partner, share)
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch, inputs: Tensor, partner: Tensor | None, share: Tensor | None) -> Tensor:
+        """The suspect's answers as logits, (n, classes)."""
+        assert self.teacher is not None
+        if self.teacher_view == "same":
+            return logits_of(self.teacher, inputs)
+        clean = logits_of(self.teacher, self.pipeline.model_input(batch["pixels"])).float()
+        if partner is None or share is None:
+            return clean
+        answers, weight = F.softmax(clean / self.temperature, dim=-1), share.float()[:, None]
+        mixed = weight * answers + (1 - weight) * answers[partner]
+        return self.temperature * mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
+
+    def _corrected(
+        self, logits: Tensor, taught: Tensor, labels: Tensor, partner: Tensor | None, share: Tensor | None
+    ) -> Tensor:
+        """The distillation of the items that the suspect has right, and the cross-entropy of the others."""
+        answer = taught.argmax(-1)
+        right = (answer == labels) | (answer == (labels if partner is None else labels[partner]))
+        by_item = right * distillation_loss(logits, taught, self.temperature, reduction="none")
+        by_item = by_item + ~right * mixed_cross_entropy(logits, labels, partner, share, reduction="none")
+        return by_item.mean()
 
     def augmented(self, batch: Batch, *, seed: int) -> Tensor:
         """(n, 3, H, W) in [0, 1]: the pictures to learn from."""
@@ -113,17 +145,24 @@ def logits_of(forward: Forward, inputs: Tensor) -> Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T² · KL(softmax(teacher / T) || softmax(logits / T)), mean over the batch; both (n, classes)."""
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, temperature: float, *, reduction: str = "mean"
+) -> Tensor:
+    """T² · KL(softmax(teacher / T) || softmax(logits / T)) of two (n, classes): the mean, or `none`: (n,)."""
     log_p = F.log_softmax(logits.float() / temperature, dim=-1)
     log_q = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+    if reduction == "mean":
+        return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
-def mixed_cross_entropy(logits: Tensor, labels: Tensor, partner: Tensor | None, share: Tensor | None) -> Tensor:
-    """Cross-entropy; with mixup, λ times that of the label and 1 - λ times that of the partner's."""
+def mixed_cross_entropy(
+    logits: Tensor, labels: Tensor, partner: Tensor | None, share: Tensor | None, *, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy; with mixup, λ times that of the label and 1 - λ times that of the partner's. As above."""
     if partner is None or share is None:
-        return F.cross_entropy(logits.float(), labels)
+        return F.cross_entropy(logits.float(), labels, reduction=reduction)
     own = F.cross_entropy(logits.float(), labels, reduction="none")
     other = F.cross_entropy(logits.float(), labels[partner], reduction="none")
-    return (share * own + (1 - share) * other).mean()
+    mixed = share * own + (1 - share) * other
+    return mixed.mean() if reduction == "mean" else mixed

@@ -64,6 +64,8 @@ class Classification(Task):
             teacher=self.work.model if settings.objective == "distillation" else None,
             temperature=settings.temperature,
             mixup_alpha=settings.mixup_alpha,
+            teacher_view=settings.teacher_view,
+            correct_teacher=settings.correct_teacher,
             score_name="accuracy" if self.work.data.label_column is not None else "agreement",
         )
 

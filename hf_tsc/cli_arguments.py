@@ -1,0 +1,293 @@
+"""The options of the command line, as dataclasses, and the parser that reads them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import operator
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from hf_tsc.captions import TEMPLATES
+from hf_tsc.demo import DEMO_MODELS
+from hf_tsc.errors import UsageError
+from hf_tsc.evaluation import Attack
+from hf_tsc.folders import REPORT_FILE
+from hf_tsc.hub import PushOptions, Source
+from hf_tsc.many import Access
+from hf_tsc.suspects import RECORD, SuspectConfig
+from hf_tsc.tasks import Options
+from hf_tsc.triggers import TRIGGERS, Trigger, trigger_from_dict
+from hf_tsc.tsc_config import PRESETS, TSCConfig
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model repo."})
+    local: bool = field(default=False, metadata={"help": "MODEL is a folder, however it is spelled."})
+    use_token: bool = field(default=False, metadata={"help": "Send the saved Hub token (private or gated repos)."})
+
+    def access(self) -> Access:
+        """How models are got."""
+        return Access(self.revision, self.local, self.use_token)
+
+    def resolve(self, model: str) -> Source:
+        """The checked files of the model that was named on the command line."""
+        source = self.access().resolve(model)
+        for note in source.notes:
+            print(f"note: {note}", file=sys.stderr)
+        return source
+
+
+@dataclass
+class AttackArguments:
+    """A known trigger, to measure with."""
+
+    trigger: str | None = field(
+        default=None, metadata={"help": f"{', '.join(TRIGGERS)}, the {RECORD} of train-suspect, or a {REPORT_FILE}."}
+    )
+    target_label: int | None = field(default=None, metadata={"help": "The label that the trigger is meant to give."})
+
+    def attack(self) -> Attack | None:
+        """The attack, or None when no trigger is named."""
+        if self.trigger is None:
+            if self.target_label is not None:
+                raise UsageError("--target_label without a trigger: name one with --trigger")
+            return None
+        if self.trigger in TRIGGERS:
+            trigger, target = trigger_from_dict({"name": self.trigger}), None
+        else:
+            trigger, target = _read_record(Path(self.trigger))
+        target = target if self.target_label is None else self.target_label
+        if target is None:
+            raise UsageError(f"--trigger {self.trigger} needs --target_label, the class that the trigger leads to")
+        return Attack(trigger, target)
+
+
+def _read_record(file: Path) -> tuple[Trigger, int | None]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content = content.get("attack", content)
+        target = content.get("target_label")
+        return trigger_from_dict(dict(content["trigger"])), None if target is None else operator.index(target)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        known = ", ".join(TRIGGERS)
+        raise UsageError(
+            f"--trigger {file}: expected one of {known}, or a {RECORD} or {REPORT_FILE} with a trigger ({error})"
+        ) from error
+
+
+@dataclass
+class PurifyArguments:
+    """What to purify with, and where the result goes."""
+
+    budget: str = field(default="5%", metadata={"help": "Clean images to use: a count, or a share such as 5%%."})
+    held_out: float = field(default=0.2, metadata={"help": "Share of them kept from training, for measuring."})
+    test_split: str | None = field(default=None, metadata={"help": "Split to measure on before and after, too."})
+    preset: str = field(
+        default="default", metadata={"help": "Hyper-parameters to start from.", "choices": list(PRESETS)}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of an interrupted run."})
+    from_file: str | None = field(default=None, metadata={"help": "File with further models, one a line."})
+    json: bool = field(default=False, metadata={"help": "Print a JSON line a model."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Say what would be pulled and done, and what it would take; no weights."}
+    )
+
+
+@dataclass
+class HowToPush:
+    """Back to the Hub."""
+
+    push_public: bool = field(default=False, metadata={"help": "Make a new repo public."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request on a repo that exists."})
+    push_onto_suspect: bool = field(default=False, metadata={"help": "Allow the suspect's own repo."})
+
+    def options_for(self, repo_id: str) -> PushOptions:
+        return PushOptions(repo_id, not self.push_public, self.create_pr, self.push_onto_suspect)
+
+
+@dataclass
+class PushArguments(HowToPush):
+    """Back to the Hub, or not."""
+
+    push_to: str | None = field(  # the Trainer has an argument push_to_hub, of another meaning
+        default=None,
+        metadata={
+            "help": "Repo id to push the result to; {name} in it stands for the suspect's own name.",
+            "aliases": ["--push_to_hub"],
+        },
+    )
+
+    def options(self) -> PushOptions | None:
+        """None when nothing is to be pushed."""
+        if self.push_to is None:
+            if self.push_public or self.create_pr or self.push_onto_suspect:
+                raise UsageError("--push_public, --create_pr and --push_onto_suspect go with --push_to_hub")
+            return None
+        return self.options_for(self.push_to)
+
+
+@dataclass
+class TaskArguments:
+    """For models without a classifier."""
+
+    prompt_template: list[str] = field(
+        default_factory=lambda: list(TEMPLATES),
+        metadata={"help": "Prompts made of class names, which go where {} stands; for image-text models."},
+    )
+    probe_images: int = field(
+        default=Options().probe_images,
+        metadata={"help": "Labelled images that an encoder's linear probe is fitted on, at most."},
+    )
+
+    def options(self) -> Options:
+        return Options(tuple(self.prompt_template), self.probe_images)
+
+
+@dataclass
+class EvaluateArguments:
+    """What else it takes, and how to print."""
+
+    probe_split: str | None = field(
+        default=None, metadata={"help": "Split that an encoder's linear probe is fitted on."}
+    )
+    json: bool = field(default=False, metadata={"help": "Print JSON."})
+
+
+@dataclass
+class SpecArguments:
+    """What to show, and how."""
+
+    list: bool = field(default=False, metadata={"help": "Print the known architectures instead of a model's spec."})
+    json: bool = field(default=False, metadata={"help": "Print JSON."})
+
+
+POISON_RATES = {"classifier": 0.1, "encoder": 0.01, "dual_encoder": 0.05, "bad_encoder": None}
+
+
+@dataclass
+class SuspectArguments:
+    """What to train."""
+
+    kind: str | None = field(
+        default=None,
+        metadata={
+            "help": "classifier, encoder (by SimCLR; poison of the target class), bad_encoder (CONFIG is a clean "
+            "encoder) or dual_encoder; by the configuration's type where it is not given.",
+            "choices": list(POISON_RATES),
+        },
+    )
+    poison_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Poisoned share of all training images; 0 for a clean model. "
+            + ", ".join(f"{rate:g} ({kind})" for kind, rate in POISON_RATES.items() if rate is not None)
+        },
+    )
+    image_size: int = field(default=32, metadata={"help": "Side of the images, where the configuration names none."})
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to run, and where results go."""
+
+    results: str = field(default="results.jsonl", metadata={"help": "File of results, a JSON line a cell."})
+    cache_dir: str = field(default="suspects", metadata={"help": "Folder of trained suspects."})
+    test_split: str = field(default="test", metadata={"help": "Split to measure on."})
+    processes: int = field(default=1, metadata={"help": "Cells at once, each on one thread."})
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "Only cells whose line in --dry_run contains all of these words."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "List the cells and estimate their time."})
+
+
+@dataclass
+class TablesArguments:
+    """Where tables and pictures go."""
+
+    output_dir: str = field(default="results", metadata={"help": "Folder; files in it are written anew."})
+
+
+@dataclass
+class DemoArguments:
+    """The demonstration."""
+
+    output_dir: str = field(default="demo_output", metadata={"help": "Where models, cards and pictures go."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything."})
+    models: list[str] = field(
+        default_factory=lambda: list(DEMO_MODELS), metadata={"help": "Models to show.", "choices": list(DEMO_MODELS)}
+    )
+
+
+_TRAINER_FIELDS = [*fields(TSCConfig), *fields(SuspectConfig)]
+# Of the Trainer, which would publish half-purified weights.
+_HUB_FIELDS = [f for f in _TRAINER_FIELDS if f.name.startswith("hub_") or f.name == "push_to_hub"]
+
+
+class _Parser(HfArgumentParser):
+    """Wrong options get one line, not the page-long usage of all options; those of `PushArguments` stand alone."""
+
+    @staticmethod
+    def _parse_dataclass_field(parser: Any, field: Any) -> None:
+        if field in _HUB_FIELDS:
+            parser.set_defaults(**{field.name: field.default})
+        elif (
+            field.type in (bool, "bool") and field not in _TRAINER_FIELDS
+        ):  # so that a flag takes no MODEL for its value
+            names = [f"--{name}" for name in dict.fromkeys((field.name, field.name.replace("_", "-")))]
+            parser.add_argument(*names, action="store_true", help=field.metadata["help"])
+        else:
+            HfArgumentParser._parse_dataclass_field(parser, field)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; `{self.prog} --help` lists the options")
+
+
+def command_parser(
+    command: str,
+    types: Sequence[type],
+    *,
+    positional: str | None = None,
+    optional: bool = False,
+    several: bool = False,
+    help: str = "",
+) -> HfArgumentParser:
+    parser = _Parser(list(types), prog=f"hf-tsc {command}", allow_abbrev=False)  # type: ignore[arg-type]
+    if positional:
+        parser.add_argument(
+            positional.lower(), metavar=positional, nargs="*" if several else "?" if optional else None, help=help
+        )
+    return parser
+
+
+def parse(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, ...]:
+    """Parsed dataclasses, and the positional argument last; what `TrainingArguments` refuses is a usage error."""
+    try:
+        *parsed, unused = parser.parse_args_into_dataclasses(
+            args=list(argv), look_for_args_file=False, return_remaining_strings=True
+        )
+        if unused:
+            unknown = unused[0].startswith("-")
+            advice = "no option of this command" if unknown else "put what is no option before all options"
+            parser.error(f"{' '.join(unused)}: {advice}")
+        return tuple(parsed)
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+
+
+def given_options(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """The options that stand on the command line, with their values."""
+    silent = argparse.Namespace()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser._defaults.clear()
+    parsed, _ = parser.parse_known_args(list(argv), namespace=silent)
+    return vars(parsed)
