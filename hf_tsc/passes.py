@@ -69,7 +69,7 @@ def parts(spec: PermutationSpec, kinds: Collection[Kind], limit: int | None = No
         kinds: the kinds of spaces that may move.
         limit: bytes of matrices in a part; exceeded only by what has to stay together.
     """
-    groups = [_part(spec, group) for group in _groups(spec)]
+    groups = [restrict(spec, group) for group in _groups(spec)]
     movable = [part for part in groups if part.taps and any(s.kind in kinds for s in part.spaces.values())]
     movable.sort(key=lambda part: matrix_bytes(part.taps), reverse=True)  # large ones first: fewer parts
     packed: list[list[PermutationSpec]] = []
@@ -80,7 +80,7 @@ def parts(spec: PermutationSpec, kinds: Collection[Kind], limit: int | None = No
                 break
         else:
             packed.append([part])
-    return [_part(spec, {name for part in together for name in part.spaces}) for together in packed]
+    return [restrict(spec, {name for part in together for name in part.spaces}) for together in packed]
 
 
 def _groups(spec: PermutationSpec) -> list[set[str]]:
@@ -93,6 +93,7 @@ def _groups(spec: PermutationSpec) -> list[set[str]]:
     return groups
 
 
-def _part(spec: PermutationSpec, names: Collection[str]) -> PermutationSpec:
+def restrict(spec: PermutationSpec, names: Collection[str]) -> PermutationSpec:
+    """Some of the spaces, and what of the taps concerns them; no tensors."""
     taps = tuple(tap for tap in spec.taps if any(atom.space in names for atom in atoms(tap.axis)))
     return PermutationSpec({name: space for name, space in spec.spaces.items() if name in names}, {}, taps)

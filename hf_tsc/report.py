@@ -27,9 +27,9 @@ from hf_tsc.triggers import trigger_from_dict, trigger_to_dict
 PAPER = {"title": "Circumventing Backdoor Space via Weight Symmetry", "id": "2506.07467"}
 SETTINGS = (
     "rounds", "stages", "objective", "temperature", "teacher_view", "correct_teacher", "mixup_alpha", "augmentation",
-    "matching", "move_spaces", "curve1_window", "curve1_t", "curve2_window", "curve2_t", "curve_epochs",
-    "curve_steps", "optim", "learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "max_accuracy_drop", "seed",
+    "matching", "move_spaces", "move_towers", "train_towers", "curve1_window", "curve1_t", "curve2_window", "curve2_t",
+    "curve_epochs", "curve_steps", "optim", "learning_rate", "lr_scheduler_type", "weight_decay",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_accuracy_drop", "seed",
 )  # fmt: skip
 COMMAND_WIDTH = 100
 # Options of the command line -> what the description of a dataset calls it.
@@ -179,6 +179,7 @@ class PurificationReport:
             if self.arguments.get("objective") == "cross_entropy"
             else set()
         )
+        unused |= set() if self.task["kind"] == "image-text dual encoder" else {"move_towers", "train_towers"}
         values = {name: self.arguments[name] for name in SETTINGS if name not in unused}
         return [(k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for k, v in values.items()]
 

@@ -15,6 +15,7 @@ from hf_tsc.batch_norm import batch_norm_buffers
 from hf_tsc.errors import UsageError
 from hf_tsc.images import AUGMENTATIONS
 from hf_tsc.permutation import KINDS
+from hf_tsc.towers import TOWERS
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -113,6 +114,9 @@ class TSCConfig(TrainingArguments):
 
     matching (`str`): `l2` (the paper) or `correlation`.
     move_spaces (`list[str]`): kinds of spaces that may move.
+    move_towers (`list[str]`): of an image-text dual encoder, the towers whose spaces may move: `image`, `text`. A
+        tower that moves must be trained.
+    train_towers (`list[str]`): those whose weights are trained; the others stay as they are, bit by bit.
     max_positions (`int`, *optional*): read at most so many positions (pixels, tokens) of each image.
     statistics_batch_size (`int`): images a forward pass when statistics are collected; those of BatchNorm depend on
         it.
@@ -153,6 +157,14 @@ class TSCConfig(TrainingArguments):
     matching: str = field(default="l2", metadata={"help": "Similarity of units.", "choices": MATCHING_METHODS})
     move_spaces: list[str] = field(
         default_factory=lambda: list(KINDS), metadata={"help": "Kinds of spaces that may move.", "choices": KINDS}
+    )
+    move_towers: list[str] = field(
+        default_factory=lambda: list(TOWERS),
+        metadata={"help": "Towers of a dual encoder whose spaces may move.", "choices": list(TOWERS)},
+    )
+    train_towers: list[str] = field(
+        default_factory=lambda: list(TOWERS),
+        metadata={"help": "Towers of a dual encoder that are trained.", "choices": list(TOWERS)},
     )
     max_positions: int | None = field(
         default=None, metadata={"help": "Read at most so many positions of each image for the matching."}
@@ -250,6 +262,14 @@ class TSCConfig(TrainingArguments):
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if unknown := set(self.move_spaces) - set(KINDS):
             raise UsageError(f"move_spaces names {', '.join(sorted(unknown))}: expected some of {', '.join(KINDS)}")
+        for name in ("move_towers", "train_towers"):
+            if unknown := set(getattr(self, name)) - set(TOWERS):
+                raise UsageError(f"{name} names {', '.join(sorted(unknown))}: expected some of {', '.join(TOWERS)}")
+        if not self.train_towers or set(self.move_towers) - set(self.train_towers):
+            raise UsageError(
+                f"move_towers={self.move_towers}, train_towers={self.train_towers}: at least one tower must be "
+                "trained, and one that moves must be, as nothing else holds its curve together"
+            )
         if self.statistics_memory_gb is not None and not self.statistics_memory_gb > 0:
             raise UsageError(f"statistics_memory_gb={self.statistics_memory_gb}: expected a positive number")
         if self.stages not in (1, 2):

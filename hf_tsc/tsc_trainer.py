@@ -38,10 +38,11 @@ from hf_tsc.hub.folder import sha256
 from hf_tsc.images import ImagePipeline
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, ImageClassification, Objective
-from hf_tsc.passes import match_networks
-from hf_tsc.permutation import Params, PermutationSpec, apply, moved_fraction
+from hf_tsc.passes import match_networks, restrict
+from hf_tsc.permutation import Params, PermutationSpec, apply, identity, moved_fraction
 from hf_tsc.report import PurificationReport, environment, summarise_spec
 from hf_tsc.specs import spec_of
+from hf_tsc.towers import TOWERS, parameters_by_tower, spaces_clear_of
 from hf_tsc.tsc_config import SCHEDULES, TSCConfig, reported_arguments
 
 Monitor = Callable[[Forward], float]
@@ -97,6 +98,7 @@ class TSCTrainer(ObjectiveTrainer):
             score_name = "accuracy" if "labels" in eval_dataset[0] else "agreement"
             objective = _classification(args, processing_class, self.suspect, score_name)
         curve = CurveModel(model)
+        self._movable = _keep_towers(curve, model, self.spec, inputs, args)
         if args.channels_last:
             curve.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         super().__init__(
@@ -226,9 +228,9 @@ class TSCTrainer(ObjectiveTrainer):
         args = self.args
         kinds: Any = args.move_spaces
         gigabytes = args.statistics_memory_gb
-        permutation = match_networks(
+        permutation = identity(self.spec) | match_networks(
             self.suspect,
-            self.spec,
+            self._movable,
             self._clean_batches,
             points=points,
             maximize=maximize,
@@ -420,6 +422,19 @@ class TSCTrainer(ObjectiveTrainer):
             },
             cost={"seconds": sum(seconds)},
         )
+
+
+def _keep_towers(
+    curve: CurveModel, model: PreTrainedModel, spec: PermutationSpec, inputs: Batch, args: TSCConfig
+) -> PermutationSpec:
+    """Freeze the towers that are not trained; returns the spaces and taps of those that may move."""
+    if set(args.move_towers) == set(args.train_towers) == set(TOWERS):
+        return spec
+    by_tower = parameters_by_tower(copy.deepcopy(model).requires_grad_(True), inputs)
+    for name in set[str]().union(*(by_tower[tower] for tower in TOWERS if tower not in args.train_towers)):
+        curve.bend[name].requires_grad_(False)
+    still = set[str]().union(*(by_tower[tower] for tower in TOWERS if tower not in args.move_towers))
+    return restrict(spec, spaces_clear_of(spec, still))
 
 
 class _SegmentCallback(TrainerCallback):
