@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets.config
 import numpy as np
+import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
@@ -24,6 +26,8 @@ LOADING_ERRORS = (
     ConnectionError,
     ValueError,
     IndexError,
+    RuntimeError,  # for a script; a RecursionError
+    yaml.YAMLError,  # in a card
     hub_errors.HfHubHTTPError,
     httpx.TransportError,
 )
@@ -63,6 +67,7 @@ def load_images(
     saved = (path / SAVED_DATASET).is_file() or (path / SAVED_DATASET_DICT).is_file()
     if saved and (config_name is not None or revision is not None):
         raise UsageError(f"{name_or_path} was saved by save_to_disk: it has no config_name or revision to choose.")
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # at a server that is not the Hub
     asked = f"(config_name={config_name}, split={split}, revision={revision})"
     for wait in (*WAITS, None):
         try:
@@ -71,14 +76,14 @@ def load_images(
             loaded = load_dataset(name_or_path, config_name, split=split, revision=revision, token=token)
             break
         except LOADING_ERRORS as error:
+            reason = " ".join(str(error).split())[:300]
             passing = None if path.exists() else _passing(error)
             if passing is None:
                 raise UsageError(
-                    f"The dataset {name_or_path!r} {asked} cannot be loaded: {error}. Expected a dataset id of the "
+                    f"The dataset {name_or_path!r} {asked} cannot be loaded: {reason}. Expected a dataset id of the "
                     "Hub, or a folder of images, parquet or save_to_disk."
                 ) from error
             if not wait_for_another(passing, wait):
-                reason = " ".join(str(error).split())
                 raise HubUnavailableError(
                     f"The dataset {name_or_path!r} {asked} could not be loaded: {reason}. Try again later; for a "
                     f"folder of that name write ./{name_or_path}."

@@ -7,15 +7,20 @@ takes it apart.
 Letters: n pictures, H and W the height and width at the model's input.
 """
 
+import io
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import datasets.config
 import kornia.augmentation as K
 import numpy as np
 import torch
 from datasets import Dataset as HFDataset
-from PIL import Image
+from datasets import Image as DatasetImage
+from huggingface_hub import constants as hub_constants
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -30,6 +35,11 @@ BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, *BOMBS)  # what Pillow's decoders raise
 
 
+# That pictures of data sets come in; Pillow reads others by starting a program.
+Image.init()
+FORMATS: list[str] = [
+    name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
+]
 STEPS = ("do_rescale", "rescale_factor", "do_normalize")
 
 
@@ -142,6 +152,7 @@ class PixelDataset(Dataset):
         trigger: put on some pictures; None leaves all clean.
         triggered_indices: positions in this set, 0..n-1, that get the trigger; None means all.
         relabel: label that the triggered items get; None keeps their own.
+        folders: where files of the data set may be; None for anywhere.
         cache_bytes: decoded, clean pixels are kept in memory up to this many bytes.
 
     Raises:
@@ -160,6 +171,7 @@ class PixelDataset(Dataset):
         trigger: Trigger | None = None,
         triggered_indices: Sequence[int] | np.ndarray | None = None,
         relabel: int | None = None,
+        folders: Sequence[Path] | None = None,
         cache_bytes: int = 2 * 2**30,
     ) -> None:
         if trigger is None and (triggered_indices is not None or relabel is not None):
@@ -170,7 +182,10 @@ class PixelDataset(Dataset):
         self.pipeline = pipeline
         self.trigger = trigger
         self.cache_bytes = cache_bytes
-        self._images = dataset.select_columns([image_column])
+        self._feature = dataset.features[image_column]
+        undecoded = DatasetImage(mode=self._feature.mode, decode=False)
+        self._images = dataset.select_columns([image_column]).cast_column(image_column, undecoded)
+        self._folders = folders
         self._image_column = image_column
         self._triggered = self._triggered_mask(triggered_indices)
         self._labels = None if label_column is None else self._read_labels(dataset, label_column, relabel)
@@ -220,19 +235,35 @@ class PixelDataset(Dataset):
             self._cached_bytes += pixels.nbytes
         return pixels
 
+    def _open(self, content: bytes | None, path: str | None) -> Image.Image:
+        """As `datasets` would, but not from an address, and in no format that starts a program (EPS)."""
+        if content is None and not self._is_of_the_dataset(path):
+            raise ValueError(f"{path} is not a file of the dataset")
+        with Image.open(str(path) if content is None else io.BytesIO(content), formats=FORMATS) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+        mode = self._feature.mode
+        return upright if mode is None else upright.convert(mode)
+
+    def _is_of_the_dataset(self, path: str | None) -> bool:
+        if path is None or not Path(path).is_file():
+            return False
+        place = Path(path).resolve()
+        return self._folders is None or any(place.is_relative_to(folder.resolve()) for folder in self._folders)
+
     def _decode(self, index: int) -> Image.Image:
+        stored = self._images[index][self._image_column]
+        if stored is None:
+            raise UsageError(f"The picture at index {index} of column {self._image_column!r} is missing; remove it.")
         try:
             with warnings.catch_warnings():  # Pillow's limit, known from the header, before anything is decoded
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = self._images[index][self._image_column]
+                return self._open(stored["bytes"], stored["path"])
         except DECODING_ERRORS as error:
             raise UsageError(
                 f"The picture at index {index} of column {self._image_column!r} cannot be decoded ({error}); repair "
                 "or remove that row."
             ) from error
-        if image is None:
-            raise UsageError(f"The picture at index {index} of column {self._image_column!r} is missing; remove it.")
-        return image
 
 
 def pixel_dataset(
@@ -240,6 +271,12 @@ def pixel_dataset(
 ) -> PixelDataset:
     """The `PixelDataset` of some rows of `data`; keywords as there."""
     columns: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
+    caches = [
+        Path(hub_constants.HF_HUB_CACHE),
+        Path(datasets.config.HF_CACHE_HOME),
+        Path(datasets.config.HF_DATASETS_CACHE),
+    ]
+    columns["folders"] = caches if data.place == "hub" else None
     return PixelDataset(data.rows, indices, pipeline, **columns, **kwargs)
 
 

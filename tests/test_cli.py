@@ -29,7 +29,7 @@ from suspects_and_digits import (
 )
 from transformers import AutoModelForImageClassification, BertConfig, ResNetConfig
 
-from hf_tsc import Attack, BadNets, PurificationReport, TSCTrainer, __version__, cli, evaluate_model
+from hf_tsc import Attack, BadNets, PurificationReport, TSCTrainer, __version__, evaluate_model
 from hf_tsc.cli import COMMANDS, main
 from hf_tsc.images import ImagePipeline
 

@@ -4,8 +4,10 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import AutoModelForImageClassification, pipeline
 
 from hf_tsc.cli import main
 from hf_tsc.errors import UsageError
+from hf_tsc.folders import last_whole_checkpoint
 from hf_tsc.many import Access, folders_of, read_models
 
 QUICK = ["--budget", "50", "--curve_steps", "2", "--sweep_points", "3", "--use_cpu"]
@@ -146,6 +149,28 @@ def test_a_push_that_cannot_be_is_refused_before_the_work(repos, tmp_path, monke
     assert main(["purify", "someone/vit", *options, "--push_to_hub", push]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_purification_leaves_no_result_and_goes_on(repos, tmp_path, capsys):
+    argv = ["purify", "someone/vit", "--dataset_name", "someone/digits", *QUICK, "--curve_steps", "60"]
+    argv += ["--save_steps", "5", "--output_dir"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert main([*argv, str(straight)]) == 0
+    command = [sys.executable, "-m", "hf_tsc.cli", *argv, str(killed)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        work = tmp_path / "killed.work"
+        while process.poll() is None and not last_whole_checkpoint(work):
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert last_whole_checkpoint(work)
+    assert {path.name for path in tmp_path.iterdir()} == {"straight", "killed.work", "cache"}
+    capsys.readouterr()
+    assert main([*argv, str(killed)]) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert main([*argv, str(killed), "--resume"]) == 0
+    assert same(weights(killed), weights(straight))
+    assert not work.exists()
 
 
 def test_the_trainer_pushes_alike(repos, tmp_path):

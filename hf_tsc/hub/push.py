@@ -294,7 +294,7 @@ def _may_be_done(error: BaseException) -> bool:
     if seconds_asked(error) is None:
         return False
     if isinstance(error, hub_errors.HfHubHTTPError):
-        return error.response.status_code != 429 and "/commit/" in str(error.request.url)
+        return error.response.status_code != 429 and "/commit/" in str(error.response.request.url)
     request = getattr(error, "_request", None)  # `error.request` raises where there is none
     return request is None or "/commit/" in str(request.url)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import get_session, httpx, parse_ratelimit_headers
+from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
 from hf_tsc.errors import HfTscError, UsageError
 
@@ -19,6 +19,7 @@ T = TypeVar("T")
 WAITS = (1.0, 2.0, 4.0)  # seconds
 LONGEST_WAIT = 300.0  # seconds; the window of the Hub's own rate limit
 SILENCE = 120.0  # seconds without a byte, after which the Hub counts as gone; most of the client's calls have no limit
+STEPS_OF_A_REQUEST = ("connect", "read", "write", "pool")  # as httpx calls them
 
 UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError)  # an answer that was damaged, or comes from something between
 CLIENT_ERRORS = (
@@ -69,13 +70,23 @@ def ask_hub(what: str, repo_id: str, call: Callable[[], T], *, left: Callable[[]
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """Let no request of the client wait for longer than `SILENCE` that has no limit of its own."""
-    session = get_session()
-    before, session.timeout = session.timeout, httpx.Timeout(SILENCE)
+    """Let no request of the client wait for longer than `SILENCE` that has no limit of its own.
+
+    A session's own limit would not do: some of the client's calls override it, and it opens new sessions by itself.
+    """
+    send = httpx.Client.send
+
+    def limited(self: httpx.Client, request: httpx.Request, **options: Any) -> httpx.Response:
+        asked = request.extensions.get("timeout") or {}
+        limits = {step: SILENCE if asked.get(step) is None else asked[step] for step in STEPS_OF_A_REQUEST}
+        request.extensions = {**request.extensions, "timeout": limits}
+        return send(self, request, **options)
+
+    httpx.Client.send = limited  # type: ignore[method-assign]
     try:
         yield
     finally:
-        session.timeout = before
+        httpx.Client.send = send  # type: ignore[method-assign]
 
 
 def wait_for_another(error: Exception, wait: float | None) -> bool:
