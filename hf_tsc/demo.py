@@ -63,13 +63,13 @@ DEMO_MODELS = {
             patch_size=8,
         ),
         suspect={"num_train_epochs": 30, "learning_rate": 1e-3},
-        purify={"curve_steps": 1600, "per_device_train_batch_size": 32, "augmentation": "affine"},
+        purify={"curve_steps": 1600, "teacher_errors": "correct"},  # else this small one keeps its backdoor
         fine_tuning_rates=(1e-3, 2e-3, 4e-3),
     ),
     "resnet": DemoModel(
         ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic"),
         suspect={"num_train_epochs": 15, "learning_rate": 2e-3},
-        purify={"curve_steps": 300},
+        purify={"curve_steps": 600},
         fine_tuning_rates=(0.02, 0.05, 0.1),
     ),
 }

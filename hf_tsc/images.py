@@ -182,8 +182,10 @@ class PixelDataset(Dataset):
         self.pipeline = pipeline
         self.trigger = trigger
         self.cache_bytes = cache_bytes
-        self._feature = dataset.features[image_column]
-        undecoded = DatasetImage(mode=self._feature.mode, decode=False)
+        self._mode = getattr(
+            dataset.features[image_column], "mode", None
+        )  # a data set without rows has no such feature
+        undecoded = DatasetImage(mode=self._mode, decode=False)
         self._images = dataset.select_columns([image_column]).cast_column(image_column, undecoded)
         self._folders = folders
         self._image_column = image_column
@@ -242,8 +244,7 @@ class PixelDataset(Dataset):
         with Image.open(str(path) if content is None else io.BytesIO(content), formats=FORMATS) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
-        mode = self._feature.mode
-        return upright if mode is None else upright.convert(mode)
+        return upright if self._mode is None else upright.convert(self._mode)
 
     def _is_of_the_dataset(self, path: str | None) -> bool:
         if path is None or not Path(path).is_file():

@@ -26,7 +26,7 @@ from hf_tsc.triggers import trigger_from_dict, trigger_to_dict
 
 PAPER = {"title": "Circumventing Backdoor Space via Weight Symmetry", "id": "2506.07467"}
 SETTINGS = (
-    "rounds", "stages", "objective", "temperature", "teacher_view", "correct_teacher", "mixup_alpha", "augmentation",
+    "rounds", "stages", "objective", "temperature", "teacher_view", "teacher_errors", "mixup_alpha", "augmentation",
     "matching", "move_spaces", "move_towers", "train_towers", "curve1_window", "curve1_t", "curve2_window", "curve2_t",
     "curve_epochs", "curve_steps", "optim", "learning_rate", "lr_scheduler_type", "weight_decay",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_accuracy_drop", "seed",
@@ -175,7 +175,7 @@ class PurificationReport:
         unused |= {"curve2_window", "curve2_t"} if self.arguments.get("stages") == 1 else set()
         unused |= {"curve_epochs"} if self.arguments.get("curve_steps", 0) > 0 else {"curve_steps"}
         unused |= (
-            {"temperature", "teacher_view", "correct_teacher"}
+            {"temperature", "teacher_view", "teacher_errors"}
             if self.arguments.get("objective") == "cross_entropy"
             else set()
         )

@@ -26,6 +26,7 @@ CLASSIFYING = ("cross_entropy", "distillation")
 PAIRWISE = ("simclr", "image_text")  # these compare the items of a batch with each other
 OBJECTIVES = (*CLASSIFYING, *PAIRWISE)
 TEACHER_VIEWS = ("same", "clean")
+TEACHER_ERRORS = ("keep", "drop", "correct")
 
 # Published hyper-parameters for supervised models (hf.co/papers/2506.07467), and every Trainer default that differs.
 PAPER_PRESET: dict[str, Any] = {
@@ -52,27 +53,29 @@ PAPER_PRESET: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER_PRESET}
 
 # Defaults by family, on top of those of TSCConfig: with BatchNorm layers (ResNet, ...), and without (transformers).
-# Measured by `hf-tsc demo`; see the table in README.md.
-BATCH_NORM_DEFAULTS: dict[str, Any] = {
+# Searched on CIFAR-10; see docs/results.md.
+COMMON_DEFAULTS: dict[str, Any] = {
     "stages": 1,
-    "curve1_t": 0.5,
-    "curve1_window": [0.4, 0.6],
+    "curve1_window": [0.6, 0.8],
     "objective": "distillation",
     "mixup_alpha": 1.0,
+}
+BATCH_NORM_DEFAULTS: dict[str, Any] = {
+    **COMMON_DEFAULTS,
+    "curve1_t": 0.7,
+    "curve_epochs": 70.0,
     "optim": "sgd",
     "optim_args": "momentum=0.9",
-    "learning_rate": 0.1,
+    "learning_rate": 0.4,
 }
 TRANSFORMER_DEFAULTS: dict[str, Any] = {
-    "stages": 2,
-    "curve1_t": 0.4,
-    "curve2_t": 0.35,
-    "objective": "cross_entropy",
-    "mixup_alpha": 0.2,
-    "move_spaces": ["hidden"],
+    **COMMON_DEFAULTS,
+    "curve1_t": 0.6,
+    "curve_epochs": 140.0,
+    "per_device_train_batch_size": 32,
     "optim": "adamw_torch",
     "optim_args": None,
-    "learning_rate": 3e-3,
+    "learning_rate": 4e-3,
 }
 
 
@@ -131,7 +134,8 @@ class TSCConfig(TrainingArguments):
     temperature (`float`): of the distillation from a classifier, and of SimCLR.
     teacher_view (`str`): what the suspect answers to when a classifier is distilled from it: `same`, the augmented and
         mixed picture; `clean`, the picture as it is in the data set.
-    correct_teacher (`bool`): learn the label where a distilled classifier's answer is another one.
+    teacher_errors (`str`): what becomes of a distilled classifier's answers that are not the label: `keep` learns them
+        like others, `drop` leaves these items out, `correct` learns the label.
     mixup_alpha (`float`): mixup with λ ~ Beta(alpha, alpha); 0 for none.
     channels_last (`bool`): convolutions in channels-last memory format, which most accelerators prefer.
     augmentation (`str`): `none`, `crop`, `crop_flip` or `affine` (see `hf_tsc.images.Augmentation`).
@@ -180,8 +184,12 @@ class TSCConfig(TrainingArguments):
     teacher_view: str = field(
         default="same", metadata={"help": "Pictures that a distilled suspect answers to.", "choices": TEACHER_VIEWS}
     )
-    correct_teacher: bool = field(
-        default=False, metadata={"help": "Learn the label where the distilled suspect's answer is another one."}
+    teacher_errors: str = field(
+        default="keep",
+        metadata={
+            "help": "What to do with a distilled suspect's answers that are not the label.",
+            "choices": TEACHER_ERRORS,
+        },
     )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup with Beta(alpha, alpha); 0 for none."})
     augmentation: str = field(
@@ -255,6 +263,7 @@ class TSCConfig(TrainingArguments):
             "objective": OBJECTIVES,
             "augmentation": AUGMENTATIONS,
             "teacher_view": TEACHER_VIEWS,
+            "teacher_errors": TEACHER_ERRORS,
             "lr_scheduler_type": tuple(SCHEDULES),
         }
         for name, allowed in choices.items():

@@ -468,6 +468,6 @@ def _classification(args: TSCConfig, processor: Any, suspect: PreTrainedModel, s
         temperature=args.temperature,
         mixup_alpha=args.mixup_alpha,
         teacher_view=args.teacher_view,
-        correct_teacher=args.correct_teacher,
+        teacher_errors=args.teacher_errors,
         score_name=score_name,
     )

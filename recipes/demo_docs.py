@@ -1,6 +1,7 @@
 """Run the demo for seeds 0, 1 and 2 and keep what it gives.
 
-Writes docs/demo/seed-N.json, table.md and MODEL.png, the cards in model_cards/, and the table in README.md.
+Writes docs/demo/seed-N.json, table.md and MODEL.png, the cards in model_cards/ with the reports that they are made of,
+and the table in README.md.
 
 Usage: python recipes/demo_docs.py [--work FOLDER]     (about ten minutes on two cores)
 """
@@ -16,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 from hf_tsc.demo import DEMO_MODELS, RESULT_FILE, best_fine_tuning, run_demo
-from hf_tsc.folders import CARD_FILE, PLOT_FILE
+from hf_tsc.folders import CARD_FILE, PLOT_FILE, REPORT_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, CARDS, README = ROOT / "docs" / "demo", ROOT / "model_cards", ROOT / "README.md"
@@ -68,6 +69,7 @@ def main() -> None:
         purified = work / "seed-0" / f"{name}-purified"
         shutil.copy(purified / PLOT_FILE, DOCS / f"{name}.png")
         shutil.copy(purified / CARD_FILE, CARDS / f"demo-{name}.md")
+        shutil.copy(purified / REPORT_FILE, CARDS / f"demo-{name}.json")
     records = [json.loads((DOCS / f"seed-{seed}.json").read_text(encoding="utf-8")) for seed in SEEDS]
     (DOCS / "table.md").write_text(table(records), encoding="utf-8")
     README.write_text(with_table(README.read_text(encoding="utf-8"), table(records)), encoding="utf-8")

@@ -387,7 +387,7 @@ def free_disk(world: World) -> None:
 
 
 TOO_MANY = "which no model has"
-OUTGROWS = "makes no model: _TooLargeError"
+OUTGROWS = "does not fit the weights: it describes more than"
 TOO_LARGE = [
     *(
         both(f"`{key}` of {number:,}", sets(CONFIG, **{key: number}), Refused(f"has `{key}` {number}: more than"))

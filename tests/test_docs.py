@@ -15,6 +15,7 @@ from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.benchmark.plan import Plan
 from hf_tsc.benchmark.results import tables
 from hf_tsc.demo import DEMO_MODELS
+from hf_tsc.report import PurificationReport
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,6 +62,19 @@ def test_commands_of_the_readme_have_these_options():
         with pytest.raises(SystemExit), redirect_stdout(io.StringIO()) as shown:
             cli.COMMANDS[command](["--help"])
         assert options <= set(re.findall(r"--\w+", shown.getvalue())), line
+
+
+CARDS = sorted((ROOT / "model_cards").glob("demo-*.json"))
+
+
+@pytest.mark.parametrize("file", CARDS, ids=lambda file: file.stem)
+def test_the_cards_are_those_of_their_reports(file):
+    card = PurificationReport.from_file(file).card()
+    assert str(card) == file.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_each_model_of_the_demo_has_a_card():
+    assert [file.stem for file in CARDS] == sorted(f"demo-{name}" for name in DEMO_MODELS)
 
 
 def test_the_tables_of_the_symmetry_page_are_those_of_the_files():

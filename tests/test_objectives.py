@@ -11,6 +11,7 @@ from torch import nn
 from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, ImagePipeline, collate
 from hf_tsc.objectives import ImageClassification, Mixup, distillation_loss, mixed_cross_entropy
+from hf_tsc.tsc_config import TEACHER_ERRORS
 
 PIPELINE = ImagePipeline(tiny.processor())
 LOGITS, TEACHER = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
@@ -127,9 +128,10 @@ class TestImageClassification:
 
     @pytest.mark.parametrize("mixup_alpha", [0.0, 1.0])
     @pytest.mark.parametrize("view", ["same", "clean"])
-    def test_a_wrong_answer_of_the_teacher_gives_way_to_the_label(self, view, mixup_alpha):
+    @pytest.mark.parametrize("errors", ["correct", "drop"])
+    def test_a_wrong_answer_of_the_teacher_gives_way(self, view, mixup_alpha, errors):
         model, teacher, data = Linear(1), Linear(2), batch(24)
-        options = {"temperature": 2.0, "mixup_alpha": mixup_alpha, "teacher_view": view, "correct_teacher": True}
+        options = {"temperature": 2.0, "mixup_alpha": mixup_alpha, "teacher_view": view, "teacher_errors": errors}
         loss = ImageClassification(PIPELINE, teacher=teacher, **options).loss(model, data, seed=5)
         labels, n = data["labels"], 24
         partner, share = torch.arange(n), torch.ones(n)
@@ -144,7 +146,7 @@ class TestImageClassification:
             if answers[i].argmax() in (labels[i], labels[partner[i]]):
                 right += 1
                 expected += 4 * (answers[i] * (answers[i].log() - F.log_softmax(logits[i] / 2, -1))).sum()
-            else:
+            elif errors == "correct":
                 log_p = F.log_softmax(logits[i], -1)
                 expected -= share[i] * log_p[labels[i]] + (1 - share[i]) * log_p[labels[partner[i]]]
         assert 0 < right < n
@@ -153,10 +155,10 @@ class TestImageClassification:
     def test_without_labels_nothing_is_corrected(self):
         data = batch(labelled=False)
         losses = [
-            ImageClassification(PIPELINE, teacher=Linear(2), correct_teacher=correct).loss(Linear(1), data, seed=1)
-            for correct in (False, True)
+            ImageClassification(PIPELINE, teacher=Linear(2), teacher_errors=errors).loss(Linear(1), data, seed=1)
+            for errors in TEACHER_ERRORS
         ]
-        assert torch.equal(*losses)
+        assert losses[0] == losses[1] == losses[2]
 
     @pytest.mark.parametrize("mixup_alpha", [0.0, 1.0])
     def test_both_views_are_one_without_changes_of_the_pictures(self, mixup_alpha):

@@ -31,7 +31,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Re
 from hf_tsc import AccuracyBudgetError, Attack, BadNets, PurificationReport, TSCConfig, TSCTrainer, UsageError, purify
 from hf_tsc.curve_result import CurveResult
 from hf_tsc.suspects import SuspectConfig, train_suspect
-from hf_tsc.tasks.classification import DISTILLED_TRANSFORMER
+from hf_tsc.tasks.classification import UNCORRECTED_TRANSFORMER
 
 FAMILIES = ("resnet", "vit")
 ATTACK = Attack(BadNets(), target_label=0)
@@ -382,8 +382,11 @@ def test_test_images_must_be_others(suspects, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("family", "warned"), [("resnet", False), ("vit", True)])
-def test_distilled_transformers_come_with_a_word_of_warning(suspects, tmp_path, family, warned):
-    report = run(suspects[family], tmp_path / "out", config={"objective": "distillation"})
-    assert (DISTILLED_TRANSFORMER in report.notes) == warned
-    assert (DISTILLED_TRANSFORMER[:40] in str(report.card())) == warned
+@pytest.mark.parametrize(
+    ("family", "errors", "warned"), [("resnet", "keep", False), ("vit", "drop", False), ("vit", "keep", True)]
+)
+def test_distilled_transformers_come_with_a_word_of_warning(suspects, tmp_path, family, errors, warned):
+    config = {"objective": "distillation", "teacher_errors": errors}
+    report = run(suspects[family], tmp_path / "out", config=config)
+    assert (UNCORRECTED_TRANSFORMER in report.notes) == warned
+    assert (UNCORRECTED_TRANSFORMER[:40] in str(report.card())) == warned

@@ -18,7 +18,7 @@ from hf_tsc.images import AUGMENTATIONS, PixelDataset
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import ImageClassification, Objective
 from hf_tsc.permutation import Params
-from hf_tsc.tsc_config import OBJECTIVES, PAIRWISE, TEACHER_VIEWS
+from hf_tsc.tsc_config import OBJECTIVES, PAIRWISE, TEACHER_ERRORS, TEACHER_VIEWS
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class FineTuning:
     objective: str = "cross_entropy"
     temperature: float = 2.0
     teacher_view: str = "same"
-    correct_teacher: bool = False
+    teacher_errors: str = "keep"
     mixup_alpha: float = 0.0
     augmentation: str = "none"
 
@@ -44,6 +44,8 @@ class FineTuning:
             raise UsageError(f"objective={self.objective!r}: expected one of {', '.join(OBJECTIVES)}")
         if self.teacher_view not in TEACHER_VIEWS:
             raise UsageError(f"teacher_view={self.teacher_view!r}: expected one of {', '.join(TEACHER_VIEWS)}")
+        if self.teacher_errors not in TEACHER_ERRORS:
+            raise UsageError(f"teacher_errors={self.teacher_errors!r}: expected one of {', '.join(TEACHER_ERRORS)}")
         if self.augmentation not in AUGMENTATIONS:
             raise UsageError(f"augmentation={self.augmentation!r}: expected one of {', '.join(AUGMENTATIONS)}")
         for name in ("steps", "batch_size"):
@@ -89,7 +91,7 @@ def fine_tune(
             temperature=settings.temperature,
             mixup_alpha=settings.mixup_alpha,
             teacher_view=settings.teacher_view,
-            correct_teacher=settings.correct_teacher,
+            teacher_errors=settings.teacher_errors,
         )
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(

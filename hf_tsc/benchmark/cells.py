@@ -176,7 +176,7 @@ def _loss_config(cell: Cell, suspect: PreTrainedModel) -> TSCConfig:
         "augmentation",
         "temperature",
         "teacher_view",
-        "correct_teacher",
+        "teacher_errors",
         "mixup_alpha",
         "per_device_train_batch_size",
     }

@@ -131,6 +131,8 @@ def making_a_model(source: Source, config: PreTrainedConfig) -> Iterator[None]:
     except ImportError as error:
         needed = f"{config.model_type} models need a package that is not installed"
         raise UsageError(f"{source.path}: {needed}: {' '.join(str(error).split())[:200]}") from error
+    except _TooLargeError as error:
+        raise UsageError(f"{source.path / CONFIG} does not fit the weights: {error}; correct it.") from error
     except Exception as error:  # a constructor that is given a field out of range raises anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UsageError(f"{source.path / CONFIG} makes no model: {reason}; correct the field.") from error

@@ -48,8 +48,9 @@ class ImageClassification:
         teacher_view: what the suspect answers to: `same`, the picture that the point sees, augmented and mixed; or
             `clean`, the picture as it is in the data set, its answers mixed as the pictures are. A suspect behaves on
             clean images; a shift or a rotation can make something like its trigger of them.
-        correct_teacher: where the suspect's answer is not the label (with mixup: neither label), the labels are
-            learned in its place; where there are none, this has no effect.
+        teacher_errors: where the suspect's answer is not the label (with mixup: neither label), `keep` learns it all
+            the same, `drop` leaves the item out of the loss, `correct` learns the labels instead. Without labels all
+            answers are kept.
     """
 
     head: nn.Module | None = None
@@ -64,10 +65,10 @@ class ImageClassification:
         mixup_alpha: float = 0.0,
         score_name: str = "accuracy",
         teacher_view: str = "same",
-        correct_teacher: bool = False,
+        teacher_errors: str = "keep",
     ):
         self.pipeline = pipeline
-        self.teacher_view, self.correct_teacher = teacher_view, correct_teacher
+        self.teacher_view, self.teacher_errors = teacher_view, teacher_errors
         self.augmentation = Augmentation(augmentation)
         self.teacher = teacher
         self.temperature = temperature
@@ -83,8 +84,8 @@ class ImageClassification:
         logits = logits_of(forward, inputs)
         if self.teacher is not None:
             taught = self._taught(batch, inputs, partner, share)
-            if self.correct_teacher and "labels" in batch:
-                return self._corrected(logits, taught, batch["labels"], partner, share)
+            if self.teacher_errors != "keep" and "labels" in batch:
+                return self._checked(logits, taught, batch["labels"], partner, share)
             return distillation_loss(logits, taught, self.temperature)
         if "labels" not in batch:
             raise UsageError("the cross-entropy objective needs labels and the data set has none; use distillation")
@@ -103,14 +104,15 @@ class ImageClassification:
         mixed = weight * answers + (1 - weight) * answers[partner]
         return self.temperature * mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
 
-    def _corrected(
+    def _checked(
         self, logits: Tensor, taught: Tensor, labels: Tensor, partner: Tensor | None, share: Tensor | None
     ) -> Tensor:
-        """The distillation of the items that the suspect has right, and the cross-entropy of the others."""
+        """The distillation of the items that the suspect has right, and for the others nothing or cross-entropy."""
         answer = taught.argmax(-1)
         right = (answer == labels) | (answer == (labels if partner is None else labels[partner]))
         by_item = right * distillation_loss(logits, taught, self.temperature, reduction="none")
-        by_item = by_item + ~right * mixed_cross_entropy(logits, labels, partner, share, reduction="none")
+        if self.teacher_errors == "correct":
+            by_item = by_item + ~right * mixed_cross_entropy(logits, labels, partner, share, reduction="none")
         return by_item.mean()
 
     def augmented(self, batch: Batch, *, seed: int) -> Tensor:

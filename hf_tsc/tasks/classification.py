@@ -16,9 +16,10 @@ from hf_tsc.objectives import ImageClassification, Objective
 from hf_tsc.tasks.base import LossSettings, Task, Work
 from hf_tsc.tasks.classes import check_labels, class_names
 
-DISTILLED_TRANSFORMER = (
-    "Distillation from the suspect has brought backdoors of small transformers back in trials; with labels "
-    "(objective cross_entropy) they went."
+UNCORRECTED_TRANSFORMER = (
+    "The model was trained on the suspect's own answers. On a tiny transformer that is nearly always right they "
+    "have brought the backdoor back in trials, on a larger one with more errors they did not; `--teacher_errors "
+    "correct` is safer, and costs accuracy where the suspect is often wrong."
 )
 
 
@@ -37,8 +38,9 @@ class Classification(Task):
                 f"{data.name} has no label column and the objective is cross_entropy: name one with "
                 "--label_column_name, or purify without labels by --objective distillation"
             )
-        if config.objective == "distillation" and not batch_norm_buffers(work.model):
-            self.notes.append(DISTILLED_TRANSFORMER)
+        corrected = config.teacher_errors != "keep" and work.data.label_column is not None
+        if config.objective == "distillation" and not corrected and not batch_norm_buffers(work.model):
+            self.notes.append(UNCORRECTED_TRANSFORMER)
 
     @classmethod
     def check_model(cls, model: PreTrainedModel, source: Source) -> None:
@@ -65,7 +67,7 @@ class Classification(Task):
             temperature=settings.temperature,
             mixup_alpha=settings.mixup_alpha,
             teacher_view=settings.teacher_view,
-            correct_teacher=settings.correct_teacher,
+            teacher_errors=settings.teacher_errors,
             score_name="accuracy" if self.work.data.label_column is not None else "agreement",
         )
 
