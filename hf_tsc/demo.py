@@ -63,7 +63,19 @@ DEMO_MODELS = {
             patch_size=8,
         ),
         suspect={"num_train_epochs": 30, "learning_rate": 1e-3},
-        purify={"curve_steps": 1600, "teacher_errors": "correct"},  # else this small one keeps its backdoor
+        # Not the defaults, with which this small one keeps its backdoor: labels, both curves, hidden units alone.
+        purify={
+            "objective": "cross_entropy",
+            "stages": 2,
+            "curve1_window": [0.0, 1.0],
+            "curve1_t": 0.4,
+            "curve2_t": 0.35,
+            "move_spaces": ["hidden"],
+            "mixup_alpha": 0.2,
+            "learning_rate": 3e-3,
+            "curve_steps": 1600,
+            "augmentation": "affine",
+        },
         fine_tuning_rates=(1e-3, 2e-3, 4e-3),
     ),
     "resnet": DemoModel(

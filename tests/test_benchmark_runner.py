@@ -47,7 +47,7 @@ VIT = {"model_type": "vit", **TRANSFORMER, "hidden_dropout_prob": 0.1}
 ATTACK = {"trigger": {"name": "badnets"}, "target_label": 0, "poison_rate": 0.1}
 ON = {"models": ["resnet"], "attacks": ["badnets"], "seeds": [0], "budget": 50, "points": [0, 0.5, 1]}
 TUNING = {**ON, "method": "fine_tuning", "settings": {"steps": 3, "learning_rate": 0.1, "batch_size": 16}}
-TSC_SETTINGS = {"curve_steps": 2, "stages": 2, "per_device_train_batch_size": 16}
+TSC_SETTINGS = {"curve_steps": 2, "stages": 2, "curve1_t": 0.5, "per_device_train_batch_size": 16}
 TSC = {**ON, "method": "tsc", "settings": TSC_SETTINGS}
 CONTENT = {
     "rows": {"suspect": [0, 160], "clean": [160, 300], "select": [0, 60], "report": [60, 140]},
