@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from hf_tsc.activations import Batch
 from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
-from hf_tsc.objectives.base import Forward, across_processes, loss_of_all
+from hf_tsc.objectives.base import Forward
 from hf_tsc.objectives.classification import Mixup
+from hf_tsc.processes import Rows, across_processes, loss_of_all, own_rows
 
 
 def features_of(forward: Forward, inputs: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class SimCLR:
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
         if len(batch["pixels"]) < 2:
             raise UsageError("a batch of one image has nothing to tell it apart from: give a batch size of 2 or more")
-        first, second = self._projected(forward, batch, seed=seed)
+        first, second = self._projected(forward, batch, seed=seed, rows=own_rows(len(batch["pixels"])))
         whole = nt_xent(across_processes(first), across_processes(second), self.temperature)
         return loss_of_all(whole)
 
@@ -87,9 +88,12 @@ class SimCLR:
             "score": right.double().mean().item(),
         }
 
-    def _projected(self, forward: Forward, batch: Batch, *, seed: int) -> tuple[Tensor, Tensor]:
+    def _projected(
+        self, forward: Forward, batch: Batch, *, seed: int, rows: Rows | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Two views of each image, projected: twice (n, d). In one forward, as BatchNorm shall see both."""
-        views = self.augmentation(to_unit_interval(batch["pixels"]).repeat(2, 1, 1, 1), seed=seed)
+        pixels = to_unit_interval(batch["pixels"]).repeat(2, 1, 1, 1)
+        views = self.augmentation(pixels, seed=seed, rows=None if rows is None else rows.twice())
         features = features_of(forward, self.pipeline.normalize(views))
         projected = features if self.head is None else self.head.to(features.device)(features)
         first, second = projected.chunk(2)
@@ -135,14 +139,15 @@ class FeatureDistillation:
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
         if len(batch["pixels"]) < 2:
             raise UsageError("a batch of one image has no variance to explain: give a batch size of 2 or more")
-        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed)
+        rows = own_rows(len(batch["pixels"]))
+        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
         if self.mixup is not None:
-            pixels, _, _ = self.mixup(pixels, seed=seed)
+            pixels, _, _ = self.mixup(pixels, seed=seed, rows=rows)
         inputs = self.pipeline.normalize(pixels)
         found = features_of(forward, inputs)
         with torch.no_grad():
             target = features_of(self.teacher, inputs)
-        return unexplained_variance(found, target)
+        return loss_of_all(unexplained_variance(across_processes(found), across_processes(target)))
 
     def model_inputs(self, batch: Batch) -> Batch:
         return {"pixel_values": self.pipeline.model_input(batch["pixels"])}
