@@ -62,19 +62,19 @@ def write_json(file: Path, content: Any) -> None:
 
 
 @contextmanager
-def saving_checkpoint(checkpoint: Path) -> Iterator[None]:
-    """For writing a checkpoint: what cannot be written whole does not stay.
+def writing_checkpoint(checkpoint: Path) -> Iterator[None]:
+    """Says what to do where a checkpoint cannot be written.
 
     Raises:
-        CheckpointError: it could not be written.
+        CheckpointError: it could not.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # what files, `torch.save` and safetensors raise
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        said = " ".join(str(error).split())
         raise CheckpointError(
-            f"{checkpoint.name} could not be written to {checkpoint.parent} ({' '.join(str(error).split())}); what was "
-            "saved before it is intact: make room, and go on with --resume"
+            f"{checkpoint.name} could not be written to {checkpoint.parent} ({said}); what was saved before it is "
+            "intact: make room, and go on with --resume"
         ) from error
 
 

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import itertools
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedType
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,8 +36,8 @@ from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve import CurveModel
 from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
 from hf_tsc.derive import example_inputs, verify
-from hf_tsc.errors import PurificationError, UsageError
-from hf_tsc.folders import saving_checkpoint, seal_checkpoint
+from hf_tsc.errors import CheckpointError, PurificationError, UsageError
+from hf_tsc.folders import seal_checkpoint, writing_checkpoint
 from hf_tsc.functional import call_at, forget_caches, tensors_of
 from hf_tsc.hub import Pushed, PushOptions, is_folder, push_folder
 from hf_tsc.hub.folder import sha256
@@ -57,6 +60,7 @@ from hf_tsc.synced_batch_norm import SyncedBatchNorm
 from hf_tsc.towers import TOWERS, parameters_by_tower, spaces_clear_of
 from hf_tsc.tsc_config import SCHEDULES, TSCConfig, reported_arguments
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 Monitor = Callable[[Forward], float]
 
 
@@ -80,7 +84,8 @@ class TSCTrainer(ObjectiveTrainer):
         callbacks: as in `Trainer`.
 
     Raises:
-        UsageError: an empty data set; processes that were launched together and do not train together.
+        UsageError: an empty data set; processes that were launched together and do not train together, or that would
+            shard the model.
         PurificationError: the spec does not verify; a loss or a weight is not finite.
         AccuracyBudgetError: no point of the last curve is within `max_accuracy_drop`.
     """
@@ -126,6 +131,7 @@ class TSCTrainer(ObjectiveTrainer):
             processing_class=processing_class,
             callbacks=[_SegmentCallback(self), *(callbacks or [])],
         )
+        _check_not_sharded(self.accelerator.distributed_type)
         self.suspect.to(args.device)
         self.segment_steps = args.segment_steps(len(train_dataset))  # type: ignore[arg-type]
         self.args.max_steps = self.segment_steps * args.stages * args.rounds
@@ -385,15 +391,19 @@ class TSCTrainer(ObjectiveTrainer):
 
         The Trainer would remove older ones while other processes, or the disk, still owe something to this one.
         """
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with together(), saving_checkpoint(checkpoint):
+            with together(), writing_checkpoint(checkpoint):
                 super()._save_checkpoint(model, trial)
-            with together(), saving_checkpoint(checkpoint):
+            with together(), writing_checkpoint(checkpoint):
                 if self.args.should_save:
                     seal_checkpoint(checkpoint)
+        except CheckpointError:
+            if self.args.should_save:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -465,6 +475,16 @@ class TSCTrainer(ObjectiveTrainer):
                 "files": {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))},
             },
             cost={"seconds": sum(seconds)},
+        )
+
+
+def _check_not_sharded(kind: DistributedType) -> None:
+    """Raises UsageError; also where accelerate was asked to shard on processors, and does not."""
+    asked = [one for one in SHARDED if one == kind or parse_flag_from_env(f"ACCELERATE_USE_{one.value}")]
+    if asked:
+        raise UsageError(
+            f"{asked[0].value} shards the model over the processes, which is not supported yet: start with "
+            "--accelerate_config multi_gpu, in which each of them holds the whole curve"
         )
 
 
