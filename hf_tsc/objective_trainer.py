@@ -12,21 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from hf_tsc.errors import PurificationError
 from hf_tsc.images import collate
-from hf_tsc.objectives import Objective
-
-
-class WithHead(nn.Module):
-    """A model, and a head that is trained along: one module, as distributed training and checkpoints want it.
-
-    It is called as the model is; the objective calls the head.
-    """
-
-    def __init__(self, model: nn.Module, head: nn.Module):
-        super().__init__()
-        self.model, self.head = model, head
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+from hf_tsc.objectives import Objective, WithHead
 
 
 class ObjectiveTrainer(Trainer):

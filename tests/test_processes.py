@@ -21,12 +21,21 @@ import torch
 from suspects_and_digits import classifier, digits, save
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import ViTConfig, ViTModel
 
 from hf_tsc import purify
 from hf_tsc.errors import UsageError
 from hf_tsc.folders import REPORT_FILE
 from hf_tsc.images import ImagePipeline
-from hf_tsc.objectives import Captions, ImageClassification, ImageText, Objective
+from hf_tsc.objectives import (
+    Captions,
+    FeatureDistillation,
+    ImageClassification,
+    ImageText,
+    Objective,
+    ProjectionHead,
+    SimCLR,
+)
 from hf_tsc.processes import (
     check_world_size,
     leave_processes,
@@ -87,6 +96,24 @@ def matched(model: Any) -> Objective:
     return ImageText(Doubles(tiny.processor()), captions(), augmentation="simclr")
 
 
+def told_apart(model: Any) -> Objective:
+    head = ProjectionHead(tiny.HEADS * tiny.HEAD_DIM).double()
+    return SimCLR(Doubles(tiny.processor()), head=head, augmentation="crop_flip")
+
+
+def repeated(model: Any) -> Objective:
+    return FeatureDistillation(Doubles(tiny.processor()), model, augmentation="crop", mixup_alpha=1.0)
+
+
+def new_model(family: str) -> Any:
+    """Random, in float64."""
+    if family != "encoder":
+        return tiny.random_model(family)
+    made = ViTModel(ViTConfig(**tiny.TRANSFORMER)).double().eval()
+    tiny.randomise(made)
+    return made
+
+
 # name: family, objective, and what else is asked for
 CASES: dict[str, tuple[str, Callable[[Any], Objective], dict[str, Any]]] = {
     "vit": ("vit", plain, {}),
@@ -95,17 +122,20 @@ CASES: dict[str, tuple[str, Callable[[Any], Objective], dict[str, Any]]] = {
     "resnet_apart": ("resnet", plain, {"learning_rate": 0.02}),
     # In one batch, as P and its inverse un-align equally well, and how a sum is rounded decides between them.
     "clip": ("clip", matched, {"learning_rate": 5.0, "statistics_batch_size": IMAGES}),
+    "simclr": ("encoder", told_apart, {"statistics_batch_size": IMAGES, "stages": 1}),
+    "features": ("encoder", repeated, {"statistics_batch_size": IMAGES, "stages": 1, "learning_rate": 1e-3}),
 }
 RESUMED = {"vit": (1, 2), "resnet": (2, 3)}  # in the middle of a curve, and on a boundary
 
 
 def trainer(folder: Path, name: str, batch: int, *, dropout: float = 0.0, **changes: Any) -> TSCTrainer:
     family, objective_of, options = CASES[name]
-    model = tiny.random_model(family)
+    model = new_model(family)
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = dropout
     data = Captioned if family == "clip" else tiny.digits
+    spec = None if family == "encoder" else tiny.spec(family)
     settings = {
         "output_dir": str(folder),
         "rounds": 1,
@@ -127,7 +157,7 @@ def trainer(folder: Path, name: str, batch: int, *, dropout: float = 0.0, **chan
         eval_dataset=data(IMAGES, 2 * IMAGES),
         processing_class=tiny.processor(),
         objective=objective_of(model),
-        spec=tiny.spec(family),
+        spec=spec,
     )
 
 
@@ -140,7 +170,7 @@ def purified(made: TSCTrainer) -> dict[str, Any]:
         output = model(**inputs)
     return {
         "weights": {name: t.detach().clone() for name, t in model.state_dict().items()},
-        "output": output.logits if hasattr(output, "logits") else output.logits_per_image,
+        "output": output.logits if hasattr(output, "logits") else output[0],
         "losses": [entry["loss"] for entry in made.state.log_history if "loss" in entry],
         "curves": [curve.to_dict() for curve in made.curves],
     }
@@ -272,7 +302,7 @@ class TestTwoProcessesAreOne:
     @pytest.mark.parametrize("name", CASES)
     def test_something_has_moved(self, results, name):
         """So that the same weights mean something."""
-        before = tiny.random_model(CASES[name][0]).state_dict()
+        before = new_model(CASES[name][0]).state_dict()
         moved = far(results[0][name]["weights"], dict(before))
         assert len(moved) > 0.8 * len([key for key in before if not key.endswith(NOISE)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,11 @@ def features_of(forward: Forward, inputs: Tensor) -> Tensor:
     Raises:
         UsageError: it has none.
     """
-    output: Any = forward(pixel_values=inputs)
+    return pooled(forward(pixel_values=inputs))
+
+
+def pooled(output: Any) -> Tensor:
+    """(n, d) of what an image encoder gives; raises as `features_of`."""
     features = getattr(output, "image_embeds", None)
     features = getattr(output, "pooler_output", None) if features is None else features
     if features is None:
@@ -32,6 +37,27 @@ def features_of(forward: Forward, inputs: Tensor) -> Tensor:
             "image_embeds; load the model with its pooling layer"
         )
     return features.flatten(1)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What an encoder gives with its head: (n, k)."""
+
+    projected: Tensor
+
+
+class WithHead(nn.Module):
+    """An encoder and a head that is trained along: one module, as distributed training and checkpoints want it.
+
+    The head is called in here, as distributed training has to see where each parameter is used.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module):
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, *args: Any, **kwargs: Any) -> Projected:
+        return Projected(self.head(pooled(self.model(*args, **kwargs))))
 
 
 class ProjectionHead(nn.Sequential):
@@ -94,8 +120,12 @@ class SimCLR:
         """Two views of each image, projected: twice (n, d). In one forward, as BatchNorm shall see both."""
         pixels = to_unit_interval(batch["pixels"]).repeat(2, 1, 1, 1)
         views = self.augmentation(pixels, seed=seed, rows=None if rows is None else rows.twice())
-        features = features_of(forward, self.pipeline.normalize(views))
-        projected = features if self.head is None else self.head.to(features.device)(features)
+        output: Any = forward(pixel_values=self.pipeline.normalize(views))
+        if isinstance(output, Projected):
+            projected = output.projected
+        else:
+            features = pooled(output)
+            projected = features if self.head is None else self.head.to(features.device)(features)
         first, second = projected.chunk(2)
         return first, second
 
