@@ -62,6 +62,7 @@ from hf_tsc.processes import (
     check_world_size,
     is_main_process,
     leave_processes,
+    let_main_process_tell,
     on_main_process,
     silent_but_in_main_process,
     speaks_of,
@@ -116,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HfTscError, OSError) as error:  # an OSError names its file: a full disk, a folder that may not be written
         if speaks_of(error):
             print(f"hf-tsc: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        else:
+            let_main_process_tell()
         return getattr(error, "exit_code", HfTscError.exit_code)
     except KeyboardInterrupt:
         print("hf-tsc: interrupted; a purification that has a checkpoint goes on with --resume", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ def launch(config: str, argv: Sequence[str], *, processes: int | None = None) ->
     ]
     # accelerate starts the processes of such a configuration, and does not tell them to stay off accelerators
     program = ["--module", "hf_tsc.cli", *_without_options(argv), *(["--use_cpu"] if on_cpu else [])]
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes tell what has failed
     try:
         launch_command(launch_command_parser().parse_args([*options, *program]))
     except ChildFailedError as error:

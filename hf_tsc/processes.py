@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 from hf_tsc.errors import HfTscError, ProcessError, UsageError
 
 T = TypeVar("T")
+SECONDS_TO_TELL = 10.0
 
 
 def number_of_processes() -> int:
@@ -47,6 +49,14 @@ def speaks_of(error: BaseException) -> bool:
     if number_of_processes() > 1:
         return is_main_process() or not getattr(error, "everywhere", False)
     return os.environ.get("RANK", "0") == "0"  # before they have met, all have read the same command line
+
+
+def let_main_process_tell() -> None:
+    """In the others: wait, before ending with an error that the main process reports.
+
+    A launcher ends all as soon as one of them has ended with an error; it would end the main process in mid-word.
+    """
+    time.sleep(SECONDS_TO_TELL)
 
 
 @contextmanager

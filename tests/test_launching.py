@@ -60,7 +60,7 @@ def test_two_processes_on_processors(folder):
 
 
 def test_torchrun_without_use_cpu_is_refused(folder):
-    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = run(folder, *launcher, "-m", "hf_tsc.cli", *PURIFY, "alone", *SETTINGS)
     assert done.returncode != 0
     (said,) = errors(done)
