@@ -87,13 +87,19 @@ def meet_processes(*, use_cpu: bool) -> None:
 
 
 def check_world_size() -> None:
-    """Raises UsageError where a launcher has started several processes and each is about to train alone."""
+    """Raises UsageError where a launcher has started several processes and each is about to train alone.
+
+    torch's process group says nothing of that: without an accelerator, accelerate makes one and does not use it.
+    """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and number_of_processes() == 1:
-        raise UsageError(
+    training = PartialState().num_processes if PartialState._shared_state else 1
+    if launched > 1 and training == 1:
+        error = UsageError(
             f"WORLD_SIZE={launched}, but this process would train alone, and so would the others: on processors give "
             "use_cpu (--use_cpu), or start with `hf-tsc purify --accelerate_config multi_cpu`"
         )
+        error.everywhere = True
+        raise error
 
 
 @dataclass(frozen=True)

@@ -383,9 +383,10 @@ class TestRefused:
             run(suspects["vit"], tmp_path / "out", held_out=0.0)
 
     def test_several_processes(self, suspects, tmp_path, monkeypatch):
-        monkeypatch.setattr(TSCConfig, "world_size", 2)
-        with pytest.raises(UsageError, match="started with 2 processes: it runs in one"):
-            run(suspects["vit"], tmp_path / "out")
+        config = TSCConfig(output_dir=str(tmp_path), **CONFIG)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UsageError, match="WORLD_SIZE=2, but this process would train alone"):
+            run(suspects["vit"], tmp_path / "out", config=config)
 
 
 def test_test_images_must_be_others(suspects, tmp_path):
