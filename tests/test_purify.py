@@ -386,7 +386,7 @@ class TestRefused:
         config = TSCConfig(output_dir=str(tmp_path), **CONFIG)
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(UsageError, match="WORLD_SIZE=2, but this process would train alone"):
-            run(suspects["vit"], tmp_path / "out", config=config)
+            purify(str(suspects["vit"]), CLEAN, tmp_path / "out", config=config, budget=BUDGET)
 
 
 def test_test_images_must_be_others(suspects, tmp_path):
