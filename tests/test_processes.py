@@ -88,7 +88,7 @@ def augmented(model: Any) -> Objective:
 
 
 def distilled(model: Any) -> Objective:
-    options: dict[str, Any] = {"mixup_alpha": 1.0, "teacher_view": "clean", "correct_teacher": True}
+    options: dict[str, Any] = {"mixup_alpha": 1.0, "teacher_view": "clean", "teacher_errors": "correct"}
     return ImageClassification(Doubles(tiny.processor()), augmentation="affine", teacher=model, **options)
 
 
