@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.functional import call_at
 from hf_tsc.permutation import PROJECTIONS, Params, Tap
+from hf_tsc.processes import add_up, number_of_processes, rank, together
 
 Batch = dict[str, Tensor]
 
@@ -103,13 +104,15 @@ def collect_statistics(
 ) -> list[TapStatistics]:
     """Exact statistics of one network with itself, or of two networks, in one pass.
 
+    Several processes each read their batches; what they find is added up.
+
     Held are the matrices of all taps and, with two networks, what the first of them gave at all taps until the second
     one gives the same.
 
     Args:
         model: the architecture, in eval mode; its own weights are not used.
         taps: where to read.
-        batches: model inputs; every batch is used once.
+        batches: model inputs; every batch is used once. Of W processes, process r has those numbered r, r + W, ...
         points: one set of parameters and buffers, or two (a, b).
         max_positions: read at most this many positions of an image (drawn anew for each batch, the same for both
             networks, for all images of the batch and for all taps with equally many positions); `None` reads all.
@@ -117,7 +120,7 @@ def collect_statistics(
         memory_limit: bytes that may be held; with two networks a batch is read in parts where that is needed.
 
     Returns:
-        One `TapStatistics` a tap. The model is called `len(points)` times a batch (or part of one).
+        One `TapStatistics` a tap, of all processes. The model is called `len(points)` times a batch (or part of one).
 
     Raises:
         PurificationError: a tap was not read.
@@ -126,23 +129,34 @@ def collect_statistics(
     device = next(iter(points[0].values())).device
     room = _room_beside_matrices(taps, memory_limit)
     totals = [TapStatistics.zeros(tap.axis.size, device) for tap in taps]
-    images: int | None = None
-    for batch_number, batch in enumerate(batches):
-        pick = _PositionPicker(max_positions, (seed, batch_number))
-        if len(points) == 1:
-            _read(model, taps, batch, points[0], pick, lambda number, x: totals[number].add(x, x))
-            continue
-        if room is not None and images is None:
-            image = activation_bytes(model, taps, batch, point=points[0], max_positions=max_positions)
-            images = _images_within(room, image)
-        for part in _parts(batch, images):
-            _add_pairs(totals, model, taps, part, points, pick)
+    with together():
+        images: int | None = None
+        for number, batch in enumerate(batches):
+            pick = _PositionPicker(max_positions, (seed, rank() + number * number_of_processes()))
+            if len(points) == 1:
+                _read(model, taps, batch, points[0], pick, lambda number, x: totals[number].add(x, x))
+                continue
+            if room is not None and images is None:
+                image = activation_bytes(model, taps, batch, point=points[0], max_positions=max_positions)
+                images = _images_within(room, image)
+            for part in _parts(batch, images):
+                _add_pairs(totals, model, taps, part, points, pick)
+    _add_up(totals, device)
     for tap, total in zip(taps, totals, strict=True):
         if total.count == 0:
             raise PurificationError(
                 f"the {tap.side} of {tap.module} was never read: give clean images, and a spec whose taps are called"
             )
     return totals
+
+
+def _add_up(totals: Sequence[TapStatistics], device: torch.device) -> None:
+    """Over the processes, in place."""
+    counts = torch.tensor([total.count for total in totals], device=device)
+    add_up(tensor for total in totals for tensor in (total.products, total.sums, total.squares))
+    add_up([counts])
+    for total, count in zip(totals, counts.tolist(), strict=True):
+        total.count = count
 
 
 def _room_beside_matrices(taps: Sequence[Tap], memory_limit: int | None) -> int | None:

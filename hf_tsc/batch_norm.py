@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_tsc.functional import call_at
 from hf_tsc.permutation import Params
+from hf_tsc.processes import add_up, together
 
 
 def batch_norm_buffers(model: nn.Module) -> list[str]:
@@ -35,17 +36,18 @@ def recompute_statistics(
     Args:
         model: the architecture; its own weights are not used.
         params: the point's parameters.
-        batches: model inputs.
+        batches: model inputs; of several processes each has its own.
         buffers: the model's buffers by name; not written to. Without BatchNorm layers they are returned as they are.
 
     Returns:
         All buffers: running means and variances (variances unbiased, as BatchNorm itself estimates them) are averages
-        over the batches, weighted by their sizes.
+        over the batches of all processes, weighted by their sizes.
     """
     names = batch_norm_buffers(model)
     if not names:
         return dict(buffers)
-    total, count = {name: torch.zeros_like(buffers[name], dtype=torch.float64) for name in names}, 0
+    total = {name: torch.zeros_like(buffers[name], dtype=torch.float64) for name in names}
+    count = torch.zeros((), dtype=torch.float64, device=total[names[0]].device)
     modes = {module: module.training for module in model.modules()}
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [layer.momentum for layer in layers]
@@ -54,16 +56,18 @@ def recompute_statistics(
         layer.train()
         layer.momentum = 1.0  # the running statistics become those of the last batch
     try:
-        for batch in batches:
-            size = next(iter(batch.values())).shape[0]
-            last = {name: tensor.clone() for name, tensor in buffers.items()}
-            call_at(model, {**params, **last}, batch)
-            for name in names:
-                total[name] += size * last[name].double()
-            count += size
+        with together():
+            for batch in batches:
+                size = next(iter(batch.values())).shape[0]
+                last = {name: tensor.clone() for name, tensor in buffers.items()}
+                call_at(model, {**params, **last}, batch)
+                for name in names:
+                    total[name] += size * last[name].double()
+                count += size
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+    add_up([*total.values(), count])
     return {**buffers, **{name: (total[name] / count).to(buffers[name].dtype) for name in names}}

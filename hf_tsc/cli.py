@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -55,7 +56,18 @@ from hf_tsc.hub import check_push, load_image_processor, load_model, push_folder
 from hf_tsc.hub.folder import some
 from hf_tsc.hub.push import check_folder_to_push
 from hf_tsc.job import DataArguments
+from hf_tsc.launching import launch
 from hf_tsc.many import Order, Outcome, folders_of, purify_many, read_models
+from hf_tsc.processes import (
+    check_world_size,
+    is_main_process,
+    leave_processes,
+    let_main_process_tell,
+    on_main_process,
+    silent_but_in_main_process,
+    speaks_of,
+    together,
+)
 from hf_tsc.report import PurificationReport
 from hf_tsc.spec_text import describe_spec
 from hf_tsc.specs import spec_of
@@ -96,15 +108,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UsageError.exit_code
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # the Trainer's own, which DDP tells of
     try:
-        command(arguments[1:])
+        with silent_but_in_main_process():
+            code = command(arguments[1:]) or 0
+        leave_processes()
+        return code
     except (HfTscError, OSError) as error:  # an OSError names its file: a full disk, a folder that may not be written
-        print(f"hf-tsc: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if speaks_of(error):
+            print(f"hf-tsc: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        else:
+            let_main_process_tell()
         return getattr(error, "exit_code", HfTscError.exit_code)
     except KeyboardInterrupt:
         print("hf-tsc: interrupted; a purification that has a checkpoint goes on with --resume", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 def _usage() -> str:
@@ -114,42 +132,50 @@ def _usage() -> str:
     )
 
 
-def purify_command(argv: Sequence[str]) -> None:
+def purify_command(argv: Sequence[str]) -> int | None:
     """Purify models of images, write the results to folders, and push them to the Hub."""
     types = (ModelArguments, DataArguments, PurifyArguments, PushArguments, AttackArguments, TaskArguments, TSCConfig)
     parser = command_parser(
         "purify", types, positional="MODEL", several=True, help="repo ids on the Hub, or folders (./x)"
     )
     model_args, data_args, args, push_args, attack_args, task_args, config, rest = parse(parser, argv)
-    given, push = given_options(parser, argv), push_args.options()
-    overrides = {k: v for k, v in given.items() if k in TSCConfig.__dataclass_fields__ and k != "output_dir"}
-    models = [*rest.model, *(read_models(Path(args.from_file)) if args.from_file else [])]
-    if not models:
-        raise UsageError("MODEL is missing: name repo ids or folders, or a file of them with --from_file")
-    if "output_dir" not in given and not args.dry_run:
-        raise UsageError("--output_dir is missing: name the folder for the purified model")
-    several, output = len(models) > 1 or args.from_file is not None, Path(config.output_dir)
-    if several and push is not None and "{name}" not in push.repo_id:
-        raise UsageError(f"--push_to_hub {push.repo_id}: for several models expected {{name}} in it")
-    order = Order(
-        data_args.open(token=model_args.use_token),
-        model_args.access(),
-        overrides,
-        args.preset,
-        args.budget,
-        args.held_out,
-        task_args.options(),
-        data_args.open(args.test_split, token=model_args.use_token) if args.test_split else None,
-        attack_args.attack(),
-        push,
-    )
+    if args.accelerate_config is not None:
+        return launch(args.accelerate_config, ["purify", *argv], processes=args.num_processes)
+    if args.num_processes is not None:
+        raise UsageError(f"--num_processes {args.num_processes} goes with --accelerate_config: name one")
+    check_world_size()
+    with together():
+        given, push = given_options(parser, argv), push_args.options()
+        overrides = {k: v for k, v in given.items() if k in TSCConfig.__dataclass_fields__ and k != "output_dir"}
+        models = [*rest.model, *(read_models(Path(args.from_file)) if args.from_file else [])]
+        if not models:
+            raise UsageError("MODEL is missing: name repo ids or folders, or a file of them with --from_file")
+        if "output_dir" not in given and not args.dry_run:
+            raise UsageError("--output_dir is missing: name the folder for the purified model")
+        several, output = len(models) > 1 or args.from_file is not None, Path(config.output_dir)
+        if several and push is not None and "{name}" not in push.repo_id:
+            raise UsageError(f"--push_to_hub {push.repo_id}: for several models expected {{name}} in it")
+        order = Order(
+            data_args.open(token=model_args.use_token),
+            model_args.access(),
+            overrides,
+            args.preset,
+            args.budget,
+            args.held_out,
+            task_args.options(),
+            data_args.open(args.test_split, token=model_args.use_token) if args.test_split else None,
+            attack_args.attack(),
+            push,
+        )
     if args.dry_run:
-        return _print_dry_runs(models, order, as_json=args.json)
+        return on_main_process(lambda: _print_dry_runs(models, order, as_json=args.json))
     if several:
         folders = folders_of(models, output, order.access)
-        return _print_outcomes(purify_many(folders, order), len(folders), as_json=args.json)
+        _print_outcomes(purify_many(folders, order), len(folders), as_json=args.json)
+        return None
     if args.json:
-        return _print_json(models[0], output, order, resume=args.resume)
+        _print_json(models[0], output, order, resume=args.resume)
+        return None
 
     def show(report: PurificationReport) -> None:
         print(report_table(report))
@@ -160,6 +186,7 @@ def purify_command(argv: Sequence[str]) -> None:
     outcome = order.run(models[0], output, resume=args.resume, purified=show)
     if outcome.pushed:
         print(_where(outcome.pushed))
+    return None
 
 
 def _where(pushed: Mapping[str, Any]) -> str:
@@ -214,7 +241,8 @@ def _print_outcomes(outcomes: Iterable[Outcome], models: int, *, as_json: bool) 
             for note in () if as_json else outcome.notes:
                 print(f"    note: {note}")
     count = Counter(outcome.status for outcome in found)
-    print(", ".join(f"{n} {status}" for status, n in sorted(count.items())), file=sys.stderr)
+    if is_main_process():
+        print(", ".join(f"{n} {status}" for status, n in sorted(count.items())), file=sys.stderr)
     if failed := [outcome.model for outcome in found if outcome.status == "failed"]:
         raise SomeFailedError(f"{len(failed)} of {len(found)} models failed: {', '.join(failed)}")
 
@@ -392,7 +420,7 @@ def benchmark_tables_command(argv: Sequence[str]) -> None:
     write_results(lines, Path(args.output_dir))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "purify": purify_command,
     "push": push_command,
     "evaluate": evaluate_command,

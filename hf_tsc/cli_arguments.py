@@ -19,6 +19,7 @@ from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack
 from hf_tsc.folders import REPORT_FILE
 from hf_tsc.hub import PushOptions, Source
+from hf_tsc.launching import CONFIGS
 from hf_tsc.many import Access
 from hf_tsc.suspects import RECORD, SuspectConfig
 from hf_tsc.tasks import Options
@@ -95,6 +96,13 @@ class PurifyArguments:
         default="default", metadata={"help": "Hyper-parameters to start from.", "choices": list(PRESETS)}
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of an interrupted run."})
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={"help": f"Start several processes: {', '.join(CONFIGS)}, or a YAML file of `accelerate config`."},
+    )
+    num_processes: int | None = field(
+        default=None, metadata={"help": "How many; by default what the accelerate_config says."}
+    )
     from_file: str | None = field(default=None, metadata={"help": "File with further models, one a line."})
     json: bool = field(default=False, metadata={"help": "Print a JSON line a model."})
     dry_run: bool = field(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from safetensors import SafetensorError
 
-from hf_tsc.errors import UsageError
+from hf_tsc.errors import CheckpointError, UsageError
 
+logger = logging.getLogger(__name__)
+
+SEAL_FILE = "tsc_checkpoint.json"  # the last file of a checkpoint: sha256 of the others
 REPORT_FILE, PLOT_FILE, CARD_FILE = "tsc_report.json", "tsc_curves.png", "README.md"
 
 
@@ -55,13 +61,57 @@ def write_json(file: Path, content: Any) -> None:
     temporary.replace(file)
 
 
+@contextmanager
+def writing_checkpoint(checkpoint: Path) -> Iterator[None]:
+    """Says what to do where a checkpoint cannot be written.
+
+    Raises:
+        CheckpointError: it could not.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # what files, `torch.save` and safetensors raise
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{checkpoint.name} could not be written to {checkpoint.parent} ({said}); what was saved before it is "
+            "intact: make room, and go on with --resume"
+        ) from error
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Say which files it has, when all of them are written: without that it does not count."""
+    files = {file.name: _sha256(file) for file in sorted(checkpoint.iterdir()) if file.name != SEAL_FILE}
+    write_json(checkpoint / SEAL_FILE, files)
+
+
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose last-written file is there and readable; None when there is none."""
+    """The newest checkpoint whose files are what they were when it was sealed; None when there is none.
+
+    One that is damaged or was not finished is told of, in the log.
+    """
     found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     for checkpoint in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return checkpoint
+        if (damage := _damage(checkpoint)) is None:
+            return checkpoint
+        logger.warning("%s is left out: %s", checkpoint, damage)
     return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything."""
+    try:
+        files = json.loads((checkpoint / SEAL_FILE).read_text(encoding="utf-8"))
+        for name, digest in files.items():
+            if _sha256(checkpoint / name) != digest:
+                return f"{name} is damaged"
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        return "it was not finished" if missing == SEAL_FILE else f"{missing} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

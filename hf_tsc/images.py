@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
+from hf_tsc.processes import Rows
 from hf_tsc.triggers import Trigger
 
 AUGMENTATIONS = ("none", "crop", "crop_flip", "affine", "simclr")
@@ -311,6 +312,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
 class Augmentation:
     """Random augmentation of a batch in [0, 1], a function of the batch and a seed alone.
 
+    Some rows of a batch are augmented as they are among all: what is drawn, is drawn for the whole batch.
+
     Args:
         name: `"none"`; `"crop"`, an integer shift by up to round(S / 8) pixels each way (4 at S = 32) that fills with
             black; `"crop_flip"`, the same and a horizontal flip of half of the pictures; `"affine"`, a rotation by up
@@ -328,11 +331,12 @@ class Augmentation:
             raise UsageError(f"Got augmentation={name!r}, expected one of {', '.join(AUGMENTATIONS)}.")
         self.name = name
 
-    def __call__(self, pixels: Tensor, *, seed: int) -> Tensor:
+    def __call__(self, pixels: Tensor, *, seed: int, rows: Rows | None = None) -> Tensor:
         """Augment each picture with its own draw.
 
         Args:
             pixels: float (n, 3, H, W) in [0, 1]; left as it is.
+            rows: which rows of the whole batch these are; None where they are all.
             seed: the same seed gives the same draws on every device; the global random state is not touched.
 
         Returns:
@@ -351,30 +355,31 @@ class Augmentation:
         # kornia draws on the CPU. torch.manual_seed would also reseed every accelerator, which devices=[] leaves out.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self._augment(pixels)
+            for step in self._steps(*pixels.shape[-2:]):
+                pixels = step(pixels) if rows is None else step(pixels, params=_drawn(step, pixels.shape, rows))
+        return pixels.clamp(0, 1) if self.name == "simclr" else pixels
 
-    def _augment(self, pixels: Tensor) -> Tensor:
-        if self.name == "simclr":
-            return _simclr(pixels)
+    def _steps(self, height: int, width: int) -> list[Any]:
         if self.name == "affine":
-            return K.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), scale=SCALES, p=1.0)(pixels)
-        height, width = pixels.shape[-2:]
+            return [K.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), scale=SCALES, p=1.0)]
+        if self.name == "simclr":
+            return [
+                K.RandomResizedCrop((height, width), scale=AREA),
+                K.RandomHorizontalFlip(p=0.5),
+                K.ColorJitter(JITTER, JITTER, JITTER, HUE, p=0.8),
+                K.RandomGrayscale(p=0.2),
+            ]
         crop = K.RandomCrop((height, width), padding=(round(width / 8), round(height / 8)))
-        pixels = crop(pixels)
-        return K.RandomHorizontalFlip(p=0.5)(pixels) if self.name == "crop_flip" else pixels
+        return [crop, K.RandomHorizontalFlip(p=0.5)] if self.name == "crop_flip" else [crop]
 
 
-def _simclr(pixels: Tensor) -> Tensor:
-    height, width = pixels.shape[-2:]
-    steps: tuple[Any, ...] = (
-        K.RandomResizedCrop((height, width), scale=AREA),
-        K.RandomHorizontalFlip(p=0.5),
-        K.ColorJitter(JITTER, JITTER, JITTER, HUE, p=0.8),
-        K.RandomGrayscale(p=0.2),
-    )
-    for step in steps:
-        pixels = step(pixels)
-    return pixels.clamp(0, 1)
+OF_THE_BATCH = ("order", "forward_input_shape")  # what kornia draws or keeps once for all pictures
+
+
+def _drawn(step: Any, shape: torch.Size, rows: Rows) -> dict[str, Tensor]:
+    """What a step of kornia draws for a whole batch, of some rows."""
+    drawn = step.forward_parameters((rows.total, *shape[1:]))
+    return {name: one if name in OF_THE_BATCH else rows.of(one) for name, one in drawn.items()}
 
 
 def _per_channel(values: float | Sequence[float], like: Tensor) -> Tensor:

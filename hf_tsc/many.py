@@ -14,6 +14,7 @@ from hf_tsc.evaluation import Attack
 from hf_tsc.folders import REPORT_FILE
 from hf_tsc.hub import Pushed, PushOptions, Source, check_push, is_folder, list_repo, push_folder, resolve_model
 from hf_tsc.hub.retry import HubUnavailableError
+from hf_tsc.processes import number_of_processes, on_main_process, together
 from hf_tsc.purify import purify, request_of
 from hf_tsc.report import PurificationReport
 from hf_tsc.tasks import Options
@@ -140,11 +141,11 @@ class Order:
             HfTscError: see `purify`, `check_push` (which is asked before weights are pulled) and `push_folder`.
         """
         if (push := self.push_of(model)) is not None:
-            is_repo = not self.access.is_folder(model)
-            suspect = list_repo(model, revision=self.access.revision, token=self.access.token) if is_repo else None
-            check_push(push, suspect.repo_id if suspect else None)
+            on_main_process(lambda: self._check_push(model, push))
+        with together():
+            source = self.access.resolve(model)
         report = purify(
-            self.access.resolve(model),
+            source,
             self.data,
             folder,
             config=self.arguments,
@@ -164,17 +165,19 @@ class Order:
         if not (folder / REPORT_FILE).is_file():
             return self.run(model, folder, resume=folder.with_name(folder.name + ".work").is_dir())
         report = PurificationReport.from_file(folder / REPORT_FILE)
-        try:
-            same, notes = self._is_suspect_of(report, model), tuple[str, ...]()
-        except HubUnavailableError:
-            same = model.casefold() == str(report.suspect["repo_id"]).casefold()
-            notes = ("The Hub did not answer: it was not checked that the suspect is still at this commit.",)
-        if not (same and _asked(report, self.data) == self.request()):
-            raise UsageError(
-                f"{folder} holds the result of another version of {model}, other images or other settings: remove it, "
-                "or give another --output_dir"
-            )
+        same, notes = on_main_process(lambda: self._is_still_suspect_of(report, model))
+        with together():
+            if not (same and _asked(report, self.data) == self.request()):
+                raise UsageError(
+                    f"{folder} holds the result of another version of {model}, other images or other settings: "
+                    "remove it, or give another --output_dir"
+                )
         return Outcome.of(model, "skipped", folder, report, push_result(folder, self.push_of(model)), *notes)
+
+    def _check_push(self, model: str, push: PushOptions) -> None:
+        is_repo = not self.access.is_folder(model)
+        suspect = list_repo(model, revision=self.access.revision, token=self.access.token) if is_repo else None
+        check_push(push, suspect.repo_id if suspect else None)
 
     def push_of(self, model: str) -> PushOptions | None:
         """Where a model goes."""
@@ -187,6 +190,14 @@ class Order:
         asked = request_of(self.arguments, self.preset, self.budget, self.held_out, self.options, self.test)
         attack = self.attack.to_dict() if self.attack else None
         return {**asked, "attack": attack, "images": self.data.describe()}
+
+    def _is_still_suspect_of(self, report: PurificationReport, model: str) -> tuple[bool, tuple[str, ...]]:
+        """As far as the Hub says; and notes."""
+        try:
+            return self._is_suspect_of(report, model), ()
+        except HubUnavailableError:
+            note = "The Hub did not answer: it was not checked that the suspect is still at this commit."
+            return model.casefold() == str(report.suspect["repo_id"]).casefold(), (note,)
 
     def _is_suspect_of(self, report: PurificationReport, model: str) -> bool:
         """Whether a report is of what a model is now; the weights of a repo are not fetched for that."""
@@ -207,7 +218,7 @@ def push_result(folder: Path, push: PushOptions | None) -> Pushed | None:
     if push is None:
         return None
     try:
-        return push_folder(folder, push)
+        return on_main_process(lambda: push_folder(folder, push))
     except HfTscError as error:
         left = f"The purified model is in {folder}: push it with `hf-tsc push {folder} {push.repo_id}`."
         raise type(error)(f"{error} {left}") from error
@@ -250,5 +261,7 @@ def purify_many(folders: Mapping[str, Path], order: Order) -> Iterator[Outcome]:
         try:
             outcome = order.run_or_skip(model, folder)
         except Exception as error:  # whatever a hostile model brings about, the next one is not to suffer
+            if number_of_processes() > 1 and not getattr(error, "everywhere", False):
+                raise  # the others have not failed, and do not go on to the next one
             outcome = Outcome.of_error(model, folder, error)
         yield replace(outcome, seconds=round(time.monotonic() - started, 1))

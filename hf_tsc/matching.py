@@ -23,6 +23,7 @@ from hf_tsc.activations import TapStatistics
 from hf_tsc.assignment import Array, assign
 from hf_tsc.axes import positions
 from hf_tsc.permutation import KINDS, Kind, PermutationSpec, Space, identity
+from hf_tsc.processes import number_of_processes, of_all, rank, together
 
 THREADS = 4  # more would wait for SciPy's solver, which holds the interpreter's lock
 SILENT_SECONDS = 5.0  # no progress bar before
@@ -38,11 +39,11 @@ def match(
     workers: int | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """Solve the assignment problem of every space.
+    """Solve the assignment problem of every space; several processes each solve some, and tell the others.
 
     Args:
         spec: the spec whose `taps` the statistics were collected at.
-        statistics: one a tap, in the order of `spec.taps`.
+        statistics: one a tap, in the order of `spec.taps`; the same in all processes.
         maximize: True aligns network b to network a (apply the result to b); False un-aligns.
         method: `l2` or `correlation`.
         kinds: the kinds of spaces that may move; the others get the identity.
@@ -51,7 +52,7 @@ def match(
         progress: show a bar when it takes long.
 
     Returns:
-        A permutation of every space.
+        A permutation of every space, the same in all processes.
     """
     readings = _Readings(spec, statistics, method)
 
@@ -62,20 +63,24 @@ def match(
             return {}
         return {space.name: torch.from_numpy(assign(readings.score(space), maximize=maximize))}
 
-    result = identity(spec)
+    own: dict[str, Tensor] = {}
     spaces = sorted(
         outer_spaces(spec), key=lambda space: space.size, reverse=True
-    )  # no thread is left with a long one
+    )  # no process, and no thread, is left with several long ones
+    spaces = spaces[rank() :: number_of_processes()]
     threads = max(1, min(workers or min(torch.get_num_threads(), THREADS), len(spaces)))
     pool = ThreadPoolExecutor(threads)
     # one BLAS thread for each: a second one that has to wait for a processor holds up the first
-    with threadpool_limits(1, user_api="blas"):
+    with together(), threadpool_limits(1, user_api="blas"):
         try:
             solved = [pool.submit(solve, space) for space in spaces]
             for one in tqdm(solved, "Matching", unit=" spaces", delay=SILENT_SECONDS, disable=not progress):
-                result |= one.result()
+                own |= one.result()
         finally:
             pool.shutdown(cancel_futures=True)
+    result = identity(spec)
+    for part in of_all(own):
+        result |= part
     return result
 
 

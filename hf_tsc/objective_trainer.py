@@ -12,21 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from hf_tsc.errors import PurificationError
 from hf_tsc.images import collate
-from hf_tsc.objectives import Objective
-
-
-class WithHead(nn.Module):
-    """A model, and a head that is trained along: one module, as distributed training and checkpoints want it.
-
-    It is called as the model is; the objective calls the head.
-    """
-
-    def __init__(self, model: nn.Module, head: nn.Module):
-        super().__init__()
-        self.model, self.head = model, head
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+from hf_tsc.objectives import Objective, WithHead
 
 
 class ObjectiveTrainer(Trainer):
@@ -34,8 +20,8 @@ class ObjectiveTrainer(Trainer):
 
     Args:
         model: what is trained, together with the objective's head if it has one.
-        objective: gives the loss of a batch; its randomness is a function of (seed, step, micro-batch, process), so
-            that a resumed training repeats it.
+        objective: gives the loss of a batch; its randomness is a function of (seed, step, micro-batch), so that a
+            resumed training repeats it.
         kwargs: as in `Trainer`.
 
     Raises:
@@ -81,9 +67,8 @@ class ObjectiveTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's loss; the model itself never sees labels."""
-        sequence = np.random.SeedSequence(
-            [self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index]
-        )
+        # the same in all processes, which draw for the whole batch; the last 0 keeps the draws of earlier versions
+        sequence = np.random.SeedSequence([self.args.seed, self.state.global_step, self._micro_batch, 0])
         return self.objective.loss(model, inputs, seed=int(sequence.generate_state(1)[0]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -26,6 +26,14 @@ from hf_tsc.folders import (
 from hf_tsc.hub import Source, declared_license, load_model, quiet, resolve_model
 from hf_tsc.hub.folder import kept
 from hf_tsc.job import Job, Measures, as_image_data
+from hf_tsc.processes import (
+    is_main_process,
+    meet_processes,
+    number_of_processes,
+    of_all,
+    on_main_process,
+    together,
+)
 from hf_tsc.report import PurificationReport
 from hf_tsc.tasks import Options, Task, task_of
 from hf_tsc.tsc_config import NOT_REPORTED, WITHOUT_EFFECT, TSCConfig, reported_arguments
@@ -55,6 +63,9 @@ def purify(
 
     What kind of model it is (classifier, encoder, image-text dual encoder) is read from its configuration.
 
+    Under `accelerate launch` or `torchrun` every process calls it with the same arguments: the main one writes, and
+    all return the same report. They have to see the same folders.
+
     Args:
         model: repo id on the Hub, or a folder (`./x`, `/x`, any with `local=True`), or a `Source`.
         dataset: clean images: an id, a folder, or a loaded dataset; labels are optional for distillation.
@@ -77,48 +88,73 @@ def purify(
         The report, as written to `output_dir/tsc_report.json`.
 
     Raises:
-        UsageError: wrong input (see the message); nothing is written.
+        UsageError: wrong input (see the message), or processes that would train alone; nothing is written.
         PurificationError: a loss is not finite, or the spec does not verify; nothing is written.
         AccuracyBudgetError: `max_accuracy_drop` could not be kept; nothing is written to `output_dir`.
         HfTscError: the model could not be got from the Hub; nothing is written.
     """
     started, output = time.monotonic(), Path(output_dir)
-    check_output(output)
-    source = model if isinstance(model, Source) else resolve_model(model, revision=revision, local=local, token=token)
-    kind = task_of(source)
-    suspect, dtype = load_model(source, auto_class=kind.auto_class)
-    kind.check_model(suspect, source)
-    options, test = options or Options(), None if test is None else as_image_data(test)
     given = None if isinstance(config, TSCConfig) else dict(config or {})
-    config = config_for(suspect, kind, config, preset)
-    if config.world_size > 1:
-        raise UsageError(f"purify was started with {config.world_size} processes: it runs in one for now")
-    data = as_image_data(dataset)
-    prepared: dict[str, Any] = {"budget": budget, "held_out": held_out, "options": options}
-    job = Job.prepare(kind, source, suspect, data, config, **prepared)
-    measures = Measures.prepare(job, test, attack)
+    meet_processes(use_cpu=bool(given and given.get("use_cpu")))
+    with together():
+        check_output(output)
+        source = (
+            model if isinstance(model, Source) else resolve_model(model, revision=revision, local=local, token=token)
+        )
+        kind = task_of(source)
+        suspect, dtype = load_model(source, auto_class=kind.auto_class)
+        kind.check_model(suspect, source)
+        options, test = options or Options(), None if test is None else as_image_data(test)
+        config = config_for(suspect, kind, config, preset)
+        data = as_image_data(dataset)
+        prepared: dict[str, Any] = {"budget": budget, "held_out": held_out, "options": options}
+        job = Job.prepare(kind, source, suspect, data, config, **prepared)
+        measures = Measures.prepare(job, test, attack)
     with _work_folder(output, job, config, resume=resume) as checkpoint:
-        trainer = _trainer(job, measures, config)
-        before = measures(trainer, _to(suspect, config.device))
+        with together():
+            trainer = _trainer(job, measures, config)
+        before = on_main_process(lambda: measures(trainer, _to(suspect, config.device)))
         trainer.train(resume_from_checkpoint=checkpoint)
-        with finished_folder(output) as folder:
-            _save_model(trainer.purified_model(), dtype, job, folder)
-            saved = resolve_model(str(folder), local=True)
-            purified, _ = load_model(saved, auto_class=kind.auto_class)
-            after = measures(trainer, _to(purified, config.device))
-            report = trainer.report(
-                suspect=_describe_suspect(job.source, job.model, dtype),
-                dataset=job.describe(),
-                before=before,
-                after=after,
-                purified={"dtype": str(dtype).removeprefix("torch."), "files": saved.file_hashes},
-                attack=attack.to_dict() if attack else None,
-                cost={"seconds": round(time.monotonic() - started, 1)},
-                notes=[*source.notes, *data.notes, *job.task.notes],
-                request=None if given is None else request_of(given, preset, budget, held_out, options, test),
-                task={"kind": kind.kind, "pipeline_tag": kind.pipeline_tag, "accuracy": kind.accuracy},
-            )
-            report.write(folder, trainer.curves)
+        purified = trainer.purified_model()
+        facts: dict[str, Any] = {
+            "before": before,
+            "attack": attack.to_dict() if attack else None,
+            "notes": [*source.notes, *data.notes, *job.task.notes],
+            "request": None if given is None else request_of(given, preset, budget, held_out, options, test),
+        }
+        return on_main_process(
+            lambda: _write_result(output, purified, dtype, job, measures, trainer, started=started, **facts)
+        )
+
+
+def _write_result(
+    output: Path,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    job: Job,
+    measures: Measures,
+    trainer: TSCTrainer,
+    *,
+    started: float,
+    **facts: Any,
+) -> PurificationReport:
+    """Save the purified model, measure what was saved, and write its report beside it; in the main process."""
+    kind = type(job.task)
+    with finished_folder(output) as folder:
+        _save_model(model, dtype, job, folder)
+        saved = resolve_model(str(folder), local=True)
+        purified, _ = load_model(saved, auto_class=kind.auto_class)
+        after = measures(trainer, _to(purified, trainer.args.device))
+        report = trainer.report(
+            suspect=_describe_suspect(job.source, job.model, dtype),
+            dataset=job.describe(),
+            after=after,
+            purified={"dtype": str(dtype).removeprefix("torch."), "files": saved.file_hashes},
+            cost={"seconds": round(time.monotonic() - started, 1)},
+            task={"kind": kind.kind, "pipeline_tag": kind.pipeline_tag, "accuracy": kind.accuracy},
+            **facts,
+        )
+        report.write(folder, trainer.curves)
     return report
 
 
@@ -174,8 +210,41 @@ def _work_folder(output: Path, job: Job, config: TSCConfig, *, resume: bool) -> 
     It records what was asked for: a resumed run must ask for the same. It goes when the result is there, when a
     resumed run would fail in the same way, and when there is nothing in it to go on from.
     """
-    work = output.with_name(output.name + ".work")
-    record, request = work / REQUEST_FILE, _request(job, config)
+    work, request = output.with_name(output.name + ".work"), _request(job, config)
+    with together():
+        _check_same(request)
+    checkpoint = on_main_process(lambda: _open_work_folder(work, request, resume=resume))
+    config.output_dir = str(work)
+    try:
+        yield str(checkpoint) if checkpoint else None
+    except (AccuracyBudgetError, PurificationError):  # the same would happen again
+        _remove(work)
+        raise
+    except BaseException:
+        if last_whole_checkpoint(work) is None:
+            _remove(work)
+        raise
+    _remove(work)
+
+
+def _check_same(request: dict[str, Any]) -> None:
+    """Raises UsageError where the processes have different models or images before them."""
+    found = of_all({key: value for key, value in request.items() if key != "arguments"})
+    if differing := [key for key in found[0] if any(one[key] != found[0][key] for one in found)]:
+        raise UsageError(
+            f"the {len(found)} processes found different {', '.join(differing)}: name a commit (--revision, "
+            "--dataset_revision), or folders that are the same for all of them"
+        )
+
+
+def _remove(work: Path) -> None:
+    if is_main_process():
+        shutil.rmtree(work, ignore_errors=number_of_processes() > 1)  # another one may be writing to it still
+
+
+def _open_work_folder(work: Path, request: dict[str, Any], *, resume: bool) -> Path | None:
+    """Make the folder, or go on in it; returns the checkpoint to go on from."""
+    record = work / REQUEST_FILE
     if work.is_dir() and any(work.iterdir()) and not record.is_file():
         raise UsageError(f"{work} is not from a purification, and checkpoints go there: give another output folder")
     if work.is_dir() and not resume:
@@ -185,18 +254,7 @@ def _work_folder(output: Path, job: Job, config: TSCConfig, *, resume: bool) -> 
         raise UsageError(f"{work} is from a run with other {differing}: give the same arguments, or remove it")
     work.mkdir(parents=True, exist_ok=True)
     write_json(record, request)
-    config.output_dir = str(work)
-    checkpoint = last_whole_checkpoint(work)
-    try:
-        yield str(checkpoint) if checkpoint else None
-    except (AccuracyBudgetError, PurificationError):  # the same would happen again
-        shutil.rmtree(work)
-        raise
-    except BaseException:
-        if last_whole_checkpoint(work) is None:
-            shutil.rmtree(work)
-        raise
-    shutil.rmtree(work)
+    return last_whole_checkpoint(work)
 
 
 def _request(job: Job, config: TSCConfig) -> dict[str, Any]:
@@ -204,6 +262,7 @@ def _request(job: Job, config: TSCConfig) -> dict[str, Any]:
         "model": job.source.file_hashes,
         "images": job.describe()["indices_hash"],
         "dataset": job.work.data.rows._fingerprint,
+        "processes": number_of_processes(),
         "arguments": reported_arguments(config),
     }
 

@@ -22,6 +22,7 @@ from hf_tsc.axes import Frozen
 from hf_tsc.curve_result import CurveResult
 from hf_tsc.folders import CARD_FILE, PLOT_FILE, REPORT_FILE, write_json
 from hf_tsc.permutation import PermutationSpec
+from hf_tsc.processes import number_of_processes
 from hf_tsc.triggers import trigger_from_dict, trigger_to_dict
 
 PAPER = {"title": "Circumventing Backdoor Space via Weight Symmetry", "id": "2506.07467"}
@@ -286,6 +287,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": number_of_processes(),
         "threads": torch.get_num_threads(),
     }
 

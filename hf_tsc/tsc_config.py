@@ -137,6 +137,9 @@ class TSCConfig(TrainingArguments):
     teacher_errors (`str`): what becomes of a distilled classifier's answers that are not the label: `keep` learns them
         like others, `drop` leaves these items out, `correct` learns the label.
     mixup_alpha (`float`): mixup with λ ~ Beta(alpha, alpha); 0 for none.
+    sync_batch_norm (`bool`): in several processes, BatchNorm layers normalise a training batch with the mean and the
+        variance of all processes' images; otherwise each process with those of its own, so that what counts is
+        `per_device_train_batch_size`.
     channels_last (`bool`): convolutions in channels-last memory format, which most accelerators prefer.
     augmentation (`str`): `none`, `crop`, `crop_flip` or `affine` (see `hf_tsc.images.Augmentation`).
     """
@@ -196,6 +199,9 @@ class TSCConfig(TrainingArguments):
         default="crop", metadata={"help": "Random changes of the training images.", "choices": AUGMENTATIONS}
     )
 
+    sync_batch_norm: bool = field(
+        default=False, metadata={"help": "BatchNorm along the curve over the images of all processes, not of each."}
+    )
     channels_last: bool = field(
         default=False, metadata={"help": "Keep convolution weights and activations in channels-last memory format."}
     )

@@ -10,8 +10,11 @@ matches, and rewrites start, bend and end in place; checkpoints hold all three, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,19 +22,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate import DistributedType
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedModel, SchedulerType, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_tsc.activations import Batch
 from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve import CurveModel
 from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
 from hf_tsc.derive import example_inputs, verify
-from hf_tsc.errors import HfTscError, PurificationError, UsageError
+from hf_tsc.errors import CheckpointError, PurificationError, UsageError
+from hf_tsc.folders import seal_checkpoint, writing_checkpoint
 from hf_tsc.functional import call_at, forget_caches, tensors_of
 from hf_tsc.hub import Pushed, PushOptions, is_folder, push_folder
 from hf_tsc.hub.folder import sha256
@@ -40,16 +46,29 @@ from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, ImageClassification, Objective
 from hf_tsc.passes import match_networks, restrict
 from hf_tsc.permutation import Params, PermutationSpec, apply, identity, moved_fraction
+from hf_tsc.processes import (
+    check_world_size,
+    number_of_processes,
+    of_all,
+    on_main_process,
+    rank,
+    together,
+)
 from hf_tsc.report import PurificationReport, environment, summarise_spec
 from hf_tsc.specs import spec_of
+from hf_tsc.synced_batch_norm import SyncedBatchNorm
 from hf_tsc.towers import TOWERS, parameters_by_tower, spaces_clear_of
 from hf_tsc.tsc_config import SCHEDULES, TSCConfig, reported_arguments
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 Monitor = Callable[[Forward], float]
 
 
 class TSCTrainer(ObjectiveTrainer):
     """Purifies a model on a small clean data set.
+
+    In several processes, each reads its share of the images; statistics are added up, the assignment problems divided,
+    and the points of a sweep, too. What comes out is the same in all of them.
 
     Args:
         model: the suspect, in float32; it is copied and not changed.
@@ -65,7 +84,8 @@ class TSCTrainer(ObjectiveTrainer):
         callbacks: as in `Trainer`.
 
     Raises:
-        UsageError: an empty data set.
+        UsageError: an empty data set; processes that were launched together and do not train together, or that would
+            shard the model.
         PurificationError: the spec does not verify; a loss or a weight is not finite.
         AccuracyBudgetError: no point of the last curve is within `max_accuracy_drop`.
     """
@@ -85,6 +105,7 @@ class TSCTrainer(ObjectiveTrainer):
         spec: PermutationSpec | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
+        check_world_size()
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if len(dataset) == 0:  # type: ignore[arg-type]
                 raise UsageError(f"{name} is empty: give more clean images")
@@ -110,6 +131,7 @@ class TSCTrainer(ObjectiveTrainer):
             processing_class=processing_class,
             callbacks=[_SegmentCallback(self), *(callbacks or [])],
         )
+        _check_not_sharded(self.accelerator.distributed_type)
         self.suspect.to(args.device)
         self.segment_steps = args.segment_steps(len(train_dataset))  # type: ignore[arg-type]
         self.args.max_steps = self.segment_steps * args.stages * args.rounds
@@ -145,7 +167,7 @@ class TSCTrainer(ObjectiveTrainer):
         t_star = self._choose_t(sweep, stage, last=last)
         point = self.point(t_star)
         result = CurveResult(round_, stage, step, t_star, sweep, self._moved)
-        self._record(result, self.measure(point))
+        self._record(result, on_main_process(lambda: self.measure(point)))
         self.on_curve_end(result)
         if last:
             self._lay_curve(point, point)
@@ -155,7 +177,7 @@ class TSCTrainer(ObjectiveTrainer):
             self._begin_first_curve(point)
 
     def on_curve_end(self, result: CurveResult) -> None:
-        """For subclasses: called when a curve is measured, while `point` still gives its points."""
+        """For subclasses: called in every process when a curve is measured, while `point` still gives its points."""
 
     def _lay_curve(self, start: Params, end: Params) -> None:
         """A fresh curve: ends and bend in place, no momentum from the one before."""
@@ -189,11 +211,14 @@ class TSCTrainer(ObjectiveTrainer):
     # --- points -------------------------------------------------------------------------------------------------
 
     def point(self, t: float) -> Params:
-        """γ(t) of the current curve: parameters, and buffers with recomputed BatchNorm statistics."""
+        """γ(t) of the current curve: parameters, and buffers with recomputed BatchNorm statistics.
+
+        Every process has to call it, as each reads its share of the images for the statistics.
+        """
         return self._with_statistics(self.curve.point(t))
 
     def purified_model(self) -> PreTrainedModel:
-        """The result of a finished training, an ordinary model with the suspect's configuration.
+        """The result of a finished training, an ordinary model with the suspect's configuration; see `point`.
 
         Raises:
             PurificationError: the training is not finished.
@@ -212,15 +237,19 @@ class TSCTrainer(ObjectiveTrainer):
         detached = {name: tensor.detach() for name, tensor in params.items()}
         return {**detached, **recompute_statistics(self.suspect, detached, self._clean_batches(), buffers)}
 
-    def _batches(self, dataset: Any) -> Iterator[Batch]:
+    def _batches(self, dataset: Any, *, divided: bool = False) -> Iterator[Batch]:
+        """In fixed order; `divided` among the processes: of W, process r has the batches r, r + W, ..."""
         size = self.args.statistics_batch_size
-        loader: Any = DataLoader(dataset, batch_size=size, collate_fn=self.data_collator, shuffle=False)
+        batches = list(BatchSampler(SequentialSampler(dataset), size, drop_last=False))
+        if divided:
+            batches = batches[rank() :: number_of_processes()]
+        loader: Any = DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator)
         for batch in loader:
             yield self._prepare_inputs(batch)
 
     def _clean_batches(self) -> Iterator[Batch]:
-        """The training part in fixed order, without augmentation."""
-        return (self.objective.model_inputs(batch) for batch in self._batches(self.train_dataset))
+        """This process' share of the training part, without augmentation."""
+        return (self.objective.model_inputs(batch) for batch in self._batches(self.train_dataset, divided=True))
 
     # --- matching -----------------------------------------------------------------------------------------------
 
@@ -254,7 +283,7 @@ class TSCTrainer(ObjectiveTrainer):
     # --- measuring ----------------------------------------------------------------------------------------------
 
     def measure(self, tensors: Params) -> dict[str, float]:
-        """`loss` and `score` of a point on the held-out images."""
+        """`loss` and `score` of a point on the held-out images, all of which this process reads."""
         return self.objective.evaluate(self._forward_at(tensors), self._batches(self.eval_dataset))
 
     def _forward_at(self, tensors: Params) -> Forward:
@@ -265,16 +294,25 @@ class TSCTrainer(ObjectiveTrainer):
 
     @property
     def baseline(self) -> dict[str, float]:
-        """`loss` and `score` of the suspect on the held-out images."""
+        """`loss` and `score` of the suspect on the held-out images; every process has to ask for it."""
         if self._baseline is None:
-            self._baseline = self.measure(tensors_of(self.suspect))
+            self._baseline = on_main_process(lambda: self.measure(tensors_of(self.suspect)))
         return self._baseline
 
     def _sweep(self) -> list[CurvePoint]:
-        return [self._measured_point(t) for t in np.linspace(0, 1, self.args.sweep_points).round(4).tolist()]
+        """All points; each is measured by one process."""
+        measured: list[CurvePoint] = []
+        positions = np.linspace(0, 1, self.args.sweep_points).round(4).tolist()
+        for first in range(0, len(positions), number_of_processes()):
+            own: list[tuple[float, Params]] = []
+            for number, t in enumerate(positions[first : first + number_of_processes()]):
+                point = self.point(t)
+                own += [(t, point)] if number == rank() else []
+            with together():
+                measured += [self._measured_point(t, point) for t, point in own]
+        return sorted(itertools.chain(*of_all(measured)), key=lambda point: point.t)
 
-    def _measured_point(self, t: float) -> CurvePoint:
-        point = self.point(t)
+    def _measured_point(self, t: float, point: Params) -> CurvePoint:
         measured = self.measure(point)
         if not math.isfinite(measured["loss"]):
             rate = self.args.learning_rate
@@ -296,7 +334,9 @@ class TSCTrainer(ObjectiveTrainer):
     ) -> Any:
         """The objective's loss at a random t, the same t for all processes and micro-batches of a step."""
         self.curve.t = self._draw_t(self.state.global_step)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        synced = self.args.sync_batch_norm and number_of_processes() > 1
+        with SyncedBatchNorm() if synced else contextlib.nullcontext():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _draw_t(self, step: int) -> float:
         """t ~ U(window), a function of seed and step."""
@@ -327,7 +367,8 @@ class TSCTrainer(ObjectiveTrainer):
         stage = self._segment(max(self.state.global_step - 1, 0))[1]
         done = self.state.global_step >= self.args.max_steps
         t = 0.0 if done else self.args.curve1_t if stage == 1 else self.args.curve2_t
-        measured = self.measure(self.point(t))
+        point = self.point(t)
+        measured = on_main_process(lambda: self.measure(point))
         metrics = {"eval_loss": measured["loss"], f"eval_{self.objective.score_name}": measured["score"]}
         self.log(metrics)
         return metrics
@@ -336,11 +377,37 @@ class TSCTrainer(ObjectiveTrainer):
         """A user's call saves the purified model; the Trainer's own, for checkpoints, the curve with its ends."""
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
-        elif self.args.should_save:
-            folder: Any = output_dir or self.args.output_dir
-            processor: Any = self.processing_class
-            self.purified_model().save_pretrained(folder)
-            processor.save_pretrained(folder)
+            return
+        folder: Any = output_dir or self.args.output_dir
+        processor: Any = self.processing_class
+        purified = self.purified_model()
+        with together():
+            if self.args.should_save:
+                purified.save_pretrained(folder)
+                processor.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Sealed when all processes have written their parts; older ones go after that.
+
+        The Trainer would remove older ones while other processes, or the disk, still owe something to this one.
+        """
+        folder = Path(str(self.args.output_dir))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with together(), writing_checkpoint(checkpoint):
+                super()._save_checkpoint(model, trial)
+            with together(), writing_checkpoint(checkpoint):
+                if self.args.should_save:
+                    seal_checkpoint(checkpoint)
+        except CheckpointError:
+            if self.args.should_save:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(folder), limit)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -376,21 +443,7 @@ class TSCTrainer(ObjectiveTrainer):
             self.save_model(folder)
             self._report_of_a_folder(Path(folder), dataset_name).write(Path(folder), self.curves)
             options = PushOptions(repo_id, private, create_pr, onto_suspect, token or self.args.hub_token)
-            return self._on_main_process(lambda: push_folder(Path(folder), options))
-
-    def _on_main_process(self, call: Callable[[], Pushed]) -> Pushed:
-        """What one process does, and what came of it in all of them."""
-        found: list[Any] = [None]
-        if self.is_world_process_zero():
-            try:
-                found = [call()]
-            except HfTscError as error:
-                found = [error]
-        broadcast_object_list(found)
-        if isinstance(found[0], HfTscError):
-            raise found[0]
-        pushed: Pushed = found[0]
-        return pushed
+            return on_main_process(lambda: push_folder(Path(folder), options))
 
     def report(self, *, cost: dict[str, Any], **further: Any) -> PurificationReport:
         """The report of a finished training; `further` are its fields that the trainer does not know."""
@@ -410,7 +463,8 @@ class TSCTrainer(ObjectiveTrainer):
         path, model, n = self.suspect.config.name_or_path, type(self.suspect).__name__, len(self.eval_dataset)  # type: ignore[arg-type]
         name = "" if is_folder(path) or Path(path).exists() else path  # a place on this machine tells nobody anything
         seconds = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
-        score, after = self.objective.score_name, self.measure(self.point(0.0))["score"]
+        score, point = self.objective.score_name, self.point(0.0)
+        after = on_main_process(lambda: self.measure(point))["score"]
         return self.report(
             suspect={"name": name or model, "repo_id": name or None, "revision": None, "architecture": model},
             dataset={"name": dataset_name, "fingerprint": "not known", "images": [len(self.train_dataset), n]},  # type: ignore[arg-type]
@@ -421,6 +475,16 @@ class TSCTrainer(ObjectiveTrainer):
                 "files": {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))},
             },
             cost={"seconds": sum(seconds)},
+        )
+
+
+def _check_not_sharded(kind: DistributedType) -> None:
+    """Raises UsageError; also where accelerate was asked to shard on processors, and does not."""
+    asked = [one for one in SHARDED if one == kind or parse_flag_from_env(f"ACCELERATE_USE_{one.value}")]
+    if asked:
+        raise UsageError(
+            f"{asked[0].value} shards the model over the processes, which is not supported yet: start with "
+            "--accelerate_config multi_gpu, in which each of them holds the whole curve"
         )
 
 

@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from hf_tsc.errors import UsageError
-from hf_tsc.folders import check_output, finished_folder, last_whole_checkpoint, write_json
+from hf_tsc.errors import CheckpointError, UsageError
+from hf_tsc.folders import (
+    SEAL_FILE,
+    check_output,
+    finished_folder,
+    last_whole_checkpoint,
+    seal_checkpoint,
+    write_json,
+    writing_checkpoint,
+)
 
 
 def listing(folder: Path) -> set[str]:
@@ -96,32 +104,58 @@ class TestWriteJson:
 
 class TestLastWholeCheckpoint:
     @staticmethod
-    def checkpoint(folder: Path, step: int | str, state: str | None = "{}") -> Path:
+    def checkpoint(folder: Path, step: int | str) -> Path:
         path = folder / f"checkpoint-{step}"
         path.mkdir()
-        if state is not None:
-            (path / "trainer_state.json").write_text(state)
+        (path / "model.safetensors").write_bytes(bytes(100))
+        (path / "trainer_state.json").write_text("{}")
+        seal_checkpoint(path)
         return path
 
     def test_none(self, tmp_path):
         assert last_whole_checkpoint(tmp_path) is None
         assert last_whole_checkpoint(tmp_path / "missing") is None
 
-    def test_newest_by_number(self, tmp_path):
+    def test_newest_by_number(self, tmp_path, caplog):
         for step in (2, 10, 9):
             self.checkpoint(tmp_path, step)
         assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+        assert caplog.text == ""
 
-    @pytest.mark.parametrize("state", [None, "", '{"global_step": 1'])
-    def test_a_half_written_one_is_skipped(self, tmp_path, state):
+    @pytest.mark.parametrize(
+        ("spoil", "said"),
+        [
+            (lambda path: (path / SEAL_FILE).unlink(), "it was not finished"),
+            (lambda path: (path / SEAL_FILE).write_text('{"model'), "it cannot be read"),
+            (lambda path: (path / SEAL_FILE).write_text("[]"), "it cannot be read"),
+            (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
+            (lambda path: (path / "model.safetensors").write_bytes(bytes(99)), "model.safetensors is damaged"),
+            (lambda path: (path / "model.safetensors").write_bytes(bytes(99) + b"x"), "model.safetensors is damaged"),
+        ],
+    )
+    def test_a_damaged_one_is_told_of_and_the_one_before_it_taken(self, tmp_path, caplog, spoil, said):
         self.checkpoint(tmp_path, 4)
-        self.checkpoint(tmp_path, 8, state)
+        spoil(self.checkpoint(tmp_path, 8))
         assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+        assert f"checkpoint-8 is left out: {said}" in caplog.text
+
+    def test_sealed_anew(self, tmp_path):
+        path = self.checkpoint(tmp_path, 4)
+        (path / "model.safetensors").write_bytes(b"other")
+        seal_checkpoint(path)
+        assert last_whole_checkpoint(tmp_path) == path
 
     def test_other_names_are_skipped(self, tmp_path):
         self.checkpoint(tmp_path, "best")
         self.checkpoint(tmp_path, "5.tmp")
         assert last_whole_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_a_checkpoint_that_cannot_be_written(tmp_path, error):
+    said = r"checkpoint-4 could not be .*(space|failed).*go on with --resume"
+    with pytest.raises(CheckpointError, match=said), writing_checkpoint(tmp_path / "checkpoint-4"):
+        raise error
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path):

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from hf_tsc.errors import UsageError
-from hf_tsc.images import Augmentation, ImagePipeline, PixelDataset, collate, to_rgb, to_unit_interval
+from hf_tsc.images import AUGMENTATIONS, Augmentation, ImagePipeline, PixelDataset, collate, to_rgb, to_unit_interval
+from hf_tsc.processes import Rows
 from hf_tsc.triggers import BadNets
 
 SIZE = {"height": 16, "width": 16}
@@ -309,3 +310,15 @@ def test_a_processor_of_another_kind_is_refused():
         UsageError, match="TimmLikeProcessor has no do_rescale, rescale_factor, do_normalize: expected"
     ):
         ImagePipeline(TimmLikeProcessor())
+
+
+@pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name != "none"])
+@pytest.mark.parametrize("index", [[4, 5, 6, 7], [0, 1, 6, 7]])
+def test_rows_of_a_batch_are_augmented_as_they_are_among_all(name, index):
+    """So that the number of processes, which each have some rows, makes no difference."""
+    pixels = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    augmentation, rows = Augmentation(name), torch.tensor(index)
+    whole = augmentation(pixels, seed=3)
+    found = augmentation(pixels[rows], seed=3, rows=Rows(rows, 8))
+    torch.testing.assert_close(found, whole[rows], rtol=0, atol=1e-6)
+    assert not torch.allclose(augmentation(pixels[rows], seed=3), whole[rows], atol=1e-3), "alone, they are not"

@@ -305,6 +305,18 @@ class TestInterrupted:
         assert (report.curves, report.before, report.after) == (expected.curves, expected.before, expected.after)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
+    def test_a_damaged_checkpoint_is_left_out(self, purified, suspects, tmp_path, monkeypatch, caplog):
+        output, options = tmp_path / "out", {"config": {"save_steps": 1}}
+        with monkeypatch.context() as patch:
+            interrupt(patch, 4)
+            with pytest.raises(KeyboardInterrupt):
+                run(suspects["vit"], output, **options)
+        with (tmp_path / "out.work" / "checkpoint-4" / "optimizer.pt").open("r+b") as file:
+            file.truncate(100)
+        run(suspects["vit"], output, resume=True, **options)
+        assert "checkpoint-4 is left out: optimizer.pt is damaged" in caplog.text
+        assert same(weights(output), weights(purified["vit"][0]))
+
     def test_not_asked_to_resume(self, suspects, left):
         with pytest.raises(
             UsageError, match=r"out\.work is left from an interrupted run: go on with --resume, or rem"
@@ -371,9 +383,10 @@ class TestRefused:
             run(suspects["vit"], tmp_path / "out", held_out=0.0)
 
     def test_several_processes(self, suspects, tmp_path, monkeypatch):
-        monkeypatch.setattr(TSCConfig, "world_size", 2)
-        with pytest.raises(UsageError, match="started with 2 processes: it runs in one"):
-            run(suspects["vit"], tmp_path / "out")
+        config = TSCConfig(output_dir=str(tmp_path), **CONFIG)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UsageError, match="WORLD_SIZE=2, but this process would train alone"):
+            purify(str(suspects["vit"]), CLEAN, tmp_path / "out", config=config, budget=BUDGET)
 
 
 def test_test_images_must_be_others(suspects, tmp_path):

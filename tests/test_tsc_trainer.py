@@ -1,6 +1,7 @@
 """The course of a purification: segments, curves, schedules, seeds, checkpoints, and what comes out of it."""
 
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessorPil
 
 from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
-from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
+from hf_tsc.errors import AccuracyBudgetError, CheckpointError, PurificationError, UsageError
+from hf_tsc.folders import last_whole_checkpoint
 from hf_tsc.tsc_config import PAPER_PRESET, TSCConfig
 from hf_tsc.tsc_trainer import TSCTrainer
 
@@ -204,6 +206,28 @@ class TestResume:
         assert same(weights(again), weights(made))
         assert again.curves == made.curves
         assert same(dict(again.purified_model().state_dict()), dict(made.purified_model().state_dict()))
+
+
+class FullDisk(TrainerCallback):
+    """From the third step on no file may grow beyond 4 kB."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_disk_that_fills_up_leaves_the_last_whole_checkpoint(tmp_path):
+    made = trainer(tmp_path, callbacks=[FullDisk()], save_strategy="steps", save_steps=2, save_total_limit=1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"^checkpoint-4 could not be written to .*: make room, and go on with"
+        ):
+            made.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 class TestSeeds:

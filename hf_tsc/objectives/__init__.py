@@ -8,7 +8,7 @@ from hf_tsc.objectives.classification import (
     logits_of,
     mixed_cross_entropy,
 )
-from hf_tsc.objectives.encoding import FeatureDistillation, ProjectionHead, SimCLR, features_of, nt_xent
+from hf_tsc.objectives.encoding import FeatureDistillation, ProjectionHead, SimCLR, WithHead, features_of, nt_xent
 from hf_tsc.objectives.image_text import Captions, ImageText, sigmoid_loss, softmax_loss
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Objective",
     "ProjectionHead",
     "SimCLR",
+    "WithHead",
     "distillation_loss",
     "features_of",
     "logits_of",

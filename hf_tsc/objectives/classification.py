@@ -14,23 +14,39 @@ from hf_tsc.activations import Batch
 from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
 from hf_tsc.objectives.base import Forward
+from hf_tsc.processes import Rows, across_processes, own_rows
 
 
 @dataclass(frozen=True)
 class Mixup:
-    """x -> λ x + (1 - λ) x[partner], λ ~ Beta(alpha, alpha) for each image (hf.co/papers/1710.09412)."""
+    """x -> λ x + (1 - λ) x[partner], λ ~ Beta(alpha, alpha) for each image (hf.co/papers/1710.09412).
+
+    Partners come from the whole batch, those rows included that other processes have.
+    """
 
     alpha: float
 
-    def __call__(self, pixels: Tensor, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """pixels: (n, 3, H, W) -> mixed pixels, partner (n,) int64 and λ (n,)."""
+    def __call__(self, pixels: Tensor, *, seed: int, rows: Rows | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix each picture with another one.
+
+        Args:
+            pixels: (n, 3, H, W).
+            seed: of partners and shares.
+            rows: which rows of the whole batch these are; None where they are all.
+
+        Returns:
+            Mixed pixels, partner (n,) int64, a row of the whole batch, and λ (n,).
+        """
         generator = torch.Generator().manual_seed(seed)
-        n = pixels.shape[0]
-        partner = torch.randperm(n, generator=generator).to(pixels.device)
+        n = rows.total if rows else pixels.shape[0]
+        partner = torch.randperm(n, generator=generator)
         gammas = torch._standard_gamma(torch.full((2, n), self.alpha, dtype=torch.float64), generator=generator)
-        share = (gammas[0] / gammas.sum(0)).to(pixels.device, pixels.dtype)
+        share = gammas[0] / gammas.sum(0)
+        if rows:
+            partner, share = rows.of(partner), rows.of(share)
+        partner, share = partner.to(pixels.device), share.to(pixels.device, pixels.dtype)
         weight = share.view(-1, 1, 1, 1)
-        return weight * pixels + (1 - weight) * pixels[partner], partner, share
+        return weight * pixels + (1 - weight) * across_processes(pixels)[partner], partner, share
 
 
 class ImageClassification:
@@ -76,10 +92,11 @@ class ImageClassification:
         self.score_name = score_name
 
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
-        pixels = self.augmented(batch, seed=seed)
+        rows = own_rows(len(batch["pixels"]))
+        pixels = self.augmented(batch, seed=seed, rows=rows)
         partner = share = None
         if self.mixup is not None:
-            pixels, partner, share = self.mixup(pixels, seed=seed)
+            pixels, partner, share = self.mixup(pixels, seed=seed, rows=rows)
         inputs = self.pipeline.normalize(pixels)
         logits = logits_of(forward, inputs)
         if self.teacher is not None:
@@ -97,11 +114,11 @@ class ImageClassification:
         assert self.teacher is not None
         if self.teacher_view == "same":
             return logits_of(self.teacher, inputs)
-        clean = logits_of(self.teacher, self.pipeline.model_input(batch["pixels"])).float()
+        clean = _wide(logits_of(self.teacher, self.pipeline.model_input(batch["pixels"])))
         if partner is None or share is None:
             return clean
-        answers, weight = F.softmax(clean / self.temperature, dim=-1), share.float()[:, None]
-        mixed = weight * answers + (1 - weight) * answers[partner]
+        answers, weight = F.softmax(clean / self.temperature, dim=-1), share.to(clean.dtype)[:, None]
+        mixed = weight * answers + (1 - weight) * across_processes(answers)[partner]
         return self.temperature * mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
 
     def _checked(
@@ -109,15 +126,15 @@ class ImageClassification:
     ) -> Tensor:
         """The distillation of the items that the suspect has right, and for the others nothing or cross-entropy."""
         answer = taught.argmax(-1)
-        right = (answer == labels) | (answer == (labels if partner is None else labels[partner]))
+        right = (answer == labels) | (answer == (labels if partner is None else across_processes(labels)[partner]))
         by_item = right * distillation_loss(logits, taught, self.temperature, reduction="none")
         if self.teacher_errors == "correct":
             by_item = by_item + ~right * mixed_cross_entropy(logits, labels, partner, share, reduction="none")
         return by_item.mean()
 
-    def augmented(self, batch: Batch, *, seed: int) -> Tensor:
+    def augmented(self, batch: Batch, *, seed: int, rows: Rows | None = None) -> Tensor:
         """(n, 3, H, W) in [0, 1]: the pictures to learn from."""
-        return self.augmentation(to_unit_interval(batch["pixels"]), seed=seed)
+        return self.augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
 
     def model_inputs(self, batch: Batch) -> Batch:
         return {"pixel_values": self.pipeline.model_input(batch["pixels"])}
@@ -151,8 +168,8 @@ def distillation_loss(
     logits: Tensor, teacher_logits: Tensor, temperature: float, *, reduction: str = "mean"
 ) -> Tensor:
     """T² · KL(softmax(teacher / T) || softmax(logits / T)) of two (n, classes): the mean, or `none`: (n,)."""
-    log_p = F.log_softmax(logits.float() / temperature, dim=-1)
-    log_q = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    log_p = F.log_softmax(_wide(logits) / temperature, dim=-1)
+    log_q = F.log_softmax(_wide(teacher_logits) / temperature, dim=-1)
     if reduction == "mean":
         return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1) * temperature**2
@@ -163,8 +180,13 @@ def mixed_cross_entropy(
 ) -> Tensor:
     """Cross-entropy; with mixup, λ times that of the label and 1 - λ times that of the partner's. As above."""
     if partner is None or share is None:
-        return F.cross_entropy(logits.float(), labels, reduction=reduction)
-    own = F.cross_entropy(logits.float(), labels, reduction="none")
-    other = F.cross_entropy(logits.float(), labels[partner], reduction="none")
+        return F.cross_entropy(_wide(logits), labels, reduction=reduction)
+    own = F.cross_entropy(_wide(logits), labels, reduction="none")
+    other = F.cross_entropy(_wide(logits), across_processes(labels)[partner], reduction="none")
     mixed = share * own + (1 - share) * other
     return mixed.mean() if reduction == "mean" else mixed
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In single precision at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()

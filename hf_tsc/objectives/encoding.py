@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from hf_tsc.activations import Batch
 from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
-from hf_tsc.objectives.base import Forward, across_processes, loss_of_all
+from hf_tsc.objectives.base import Forward
 from hf_tsc.objectives.classification import Mixup
+from hf_tsc.processes import Rows, across_processes, loss_of_all, own_rows
 
 
 def features_of(forward: Forward, inputs: Tensor) -> Tensor:
@@ -22,7 +24,11 @@ def features_of(forward: Forward, inputs: Tensor) -> Tensor:
     Raises:
         UsageError: it has none.
     """
-    output: Any = forward(pixel_values=inputs)
+    return pooled(forward(pixel_values=inputs))
+
+
+def pooled(output: Any) -> Tensor:
+    """(n, d) of what an image encoder gives; raises as `features_of`."""
     features = getattr(output, "image_embeds", None)
     features = getattr(output, "pooler_output", None) if features is None else features
     if features is None:
@@ -31,6 +37,27 @@ def features_of(forward: Forward, inputs: Tensor) -> Tensor:
             "image_embeds; load the model with its pooling layer"
         )
     return features.flatten(1)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What an encoder gives with its head: (n, k)."""
+
+    projected: Tensor
+
+
+class WithHead(nn.Module):
+    """An encoder and a head that is trained along: one module, as distributed training and checkpoints want it.
+
+    The head is called in here, as distributed training has to see where each parameter is used.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module):
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, *args: Any, **kwargs: Any) -> Projected:
+        return Projected(self.head(pooled(self.model(*args, **kwargs))))
 
 
 class ProjectionHead(nn.Sequential):
@@ -68,7 +95,7 @@ class SimCLR:
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
         if len(batch["pixels"]) < 2:
             raise UsageError("a batch of one image has nothing to tell it apart from: give a batch size of 2 or more")
-        first, second = self._projected(forward, batch, seed=seed)
+        first, second = self._projected(forward, batch, seed=seed, rows=own_rows(len(batch["pixels"])))
         whole = nt_xent(across_processes(first), across_processes(second), self.temperature)
         return loss_of_all(whole)
 
@@ -87,11 +114,18 @@ class SimCLR:
             "score": right.double().mean().item(),
         }
 
-    def _projected(self, forward: Forward, batch: Batch, *, seed: int) -> tuple[Tensor, Tensor]:
+    def _projected(
+        self, forward: Forward, batch: Batch, *, seed: int, rows: Rows | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Two views of each image, projected: twice (n, d). In one forward, as BatchNorm shall see both."""
-        views = self.augmentation(to_unit_interval(batch["pixels"]).repeat(2, 1, 1, 1), seed=seed)
-        features = features_of(forward, self.pipeline.normalize(views))
-        projected = features if self.head is None else self.head.to(features.device)(features)
+        pixels = to_unit_interval(batch["pixels"]).repeat(2, 1, 1, 1)
+        views = self.augmentation(pixels, seed=seed, rows=None if rows is None else rows.twice())
+        output: Any = forward(pixel_values=self.pipeline.normalize(views))
+        if isinstance(output, Projected):
+            projected = output.projected
+        else:
+            features = pooled(output)
+            projected = features if self.head is None else self.head.to(features.device)(features)
         first, second = projected.chunk(2)
         return first, second
 
@@ -135,14 +169,15 @@ class FeatureDistillation:
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
         if len(batch["pixels"]) < 2:
             raise UsageError("a batch of one image has no variance to explain: give a batch size of 2 or more")
-        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed)
+        rows = own_rows(len(batch["pixels"]))
+        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
         if self.mixup is not None:
-            pixels, _, _ = self.mixup(pixels, seed=seed)
+            pixels, _, _ = self.mixup(pixels, seed=seed, rows=rows)
         inputs = self.pipeline.normalize(pixels)
         found = features_of(forward, inputs)
         with torch.no_grad():
             target = features_of(self.teacher, inputs)
-        return unexplained_variance(found, target)
+        return loss_of_all(unexplained_variance(across_processes(found), across_processes(target)))
 
     def model_inputs(self, batch: Batch) -> Batch:
         return {"pixel_values": self.pipeline.model_input(batch["pixels"])}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hf_tsc.activations import Batch
 from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
-from hf_tsc.objectives.base import Forward, across_processes, counted_once, loss_of_all
+from hf_tsc.objectives.base import Forward
+from hf_tsc.processes import Rows, across_processes, counted_once, loss_of_all, own_rows
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ class ImageText:
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
         if len(batch["pixels"]) < 2:
             raise UsageError("a batch of one pair has no other caption to tell: give a batch size of 2 or more")
-        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed)
-        numbers = draw_captions(batch["captions"], seed=seed)
+        rows = own_rows(len(batch["pixels"]))
+        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
+        numbers = draw_captions(batch["captions"], seed=seed, rows=rows)
         output: Any = forward(pixel_values=self.pipeline.normalize(pixels), **self.captions.inputs(numbers))
         numbers = across_processes(numbers)
         logits = logits_of_all(output)
@@ -96,10 +98,11 @@ class ImageText:
         return {"loss": loss / count, "score": right / count}
 
 
-def draw_captions(candidates: Tensor, *, seed: int) -> Tensor:
-    """One caption of each image, (n, k) -> (n,); a function of the seed alone."""
+def draw_captions(candidates: Tensor, *, seed: int, rows: Rows | None = None) -> Tensor:
+    """One caption of each image, (n, k) -> (n,); a function of the seed alone. `rows`: as in `Augmentation`."""
     generator = torch.Generator().manual_seed(seed)
-    share = torch.rand(len(candidates), generator=generator).to(candidates.device)
+    share = torch.rand(rows.total if rows else len(candidates), generator=generator)
+    share = (rows.of(share) if rows else share).to(candidates.device)
     known = (candidates >= 0).sum(1)
     position = torch.minimum((share * known).long(), known - 1)
     return candidates.gather(1, position[:, None])[:, 0]

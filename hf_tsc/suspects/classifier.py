@@ -15,6 +15,7 @@ from hf_tsc.data import ImageData
 from hf_tsc.evaluation import Attack
 from hf_tsc.images import ImagePipeline, PixelDataset, pixel_dataset, to_unit_interval
 from hf_tsc.objectives import ImageClassification
+from hf_tsc.processes import Rows
 from hf_tsc.suspects.base import SuspectConfig, fit, labels_of, new_model, record_of
 from hf_tsc.triggers import Trigger, poison_indices
 
@@ -95,8 +96,8 @@ class _TriggerLast(ImageClassification):
         super().__init__(pipeline, augmentation=augmentation)
         self.trigger = trigger
 
-    def augmented(self, batch: Batch, *, seed: int) -> Tensor:
-        pixels, poisoned = super().augmented(batch, seed=seed), batch["poisoned"]
+    def augmented(self, batch: Batch, *, seed: int, rows: Rows | None = None) -> Tensor:
+        pixels, poisoned = super().augmented(batch, seed=seed, rows=rows), batch["poisoned"]
         triggered = self.trigger((255 * pixels[poisoned]).round().to(torch.uint8))
         return pixels.masked_scatter(poisoned[:, None, None, None], to_unit_interval(triggered))
 
