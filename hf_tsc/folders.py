@@ -80,7 +80,7 @@ def writing_checkpoint(checkpoint: Path) -> Iterator[None]:
 
 def seal_checkpoint(checkpoint: Path) -> None:
     """Say which files it has, when all of them are written: without that it does not count."""
-    files = {file.name: _sha256(file) for file in sorted(checkpoint.iterdir()) if file.name != SEAL_FILE}
+    files = {file.name: sha256(file) for file in sorted(checkpoint.iterdir()) if file.name != SEAL_FILE}
     write_json(checkpoint / SEAL_FILE, files)
 
 
@@ -102,7 +102,7 @@ def _damage(checkpoint: Path) -> str | None:
     try:
         files = json.loads((checkpoint / SEAL_FILE).read_text(encoding="utf-8"))
         for name, digest in files.items():
-            if _sha256(checkpoint / name) != digest:
+            if sha256(checkpoint / name) != digest:
                 return f"{name} is damaged"
     except FileNotFoundError as error:
         missing = Path(error.filename).name
@@ -112,6 +112,7 @@ def _damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Of a file's content, hexadecimal."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

@@ -188,7 +188,7 @@ class PixelDataset(Dataset):
         )  # a data set without rows has no such feature
         undecoded = DatasetImage(mode=self._mode, decode=False)
         self._images = dataset.select_columns([image_column]).cast_column(image_column, undecoded)
-        self._folders = folders
+        self._folders = None if folders is None else [folder.resolve() for folder in folders]
         self._image_column = image_column
         self._triggered = self._triggered_mask(triggered_indices)
         self._labels = None if label_column is None else self._read_labels(dataset, label_column, relabel)
@@ -251,7 +251,7 @@ class PixelDataset(Dataset):
         if path is None or not Path(path).is_file():
             return False
         place = Path(path).resolve()
-        return self._folders is None or any(place.is_relative_to(folder.resolve()) for folder in self._folders)
+        return self._folders is None or any(place.is_relative_to(folder) for folder in self._folders)
 
     def _decode(self, index: int) -> Image.Image:
         stored = self._images[index][self._image_column]

@@ -37,10 +37,9 @@ from hf_tsc.curve import CurveModel
 from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
 from hf_tsc.derive import example_inputs, verify
 from hf_tsc.errors import CheckpointError, PurificationError, UsageError
-from hf_tsc.folders import seal_checkpoint, writing_checkpoint
+from hf_tsc.folders import seal_checkpoint, sha256, writing_checkpoint
 from hf_tsc.functional import call_at, forget_caches, tensors_of
 from hf_tsc.hub import Pushed, PushOptions, is_folder, push_folder
-from hf_tsc.hub.folder import sha256
 from hf_tsc.images import ImagePipeline
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, ImageClassification, Objective

@@ -3,7 +3,7 @@
 Writes docs/demo/seed-N.json, table.md and MODEL.png, the cards in model_cards/ with the reports that they are made of,
 and the table in README.md.
 
-Usage: python recipes/demo_docs.py [--work FOLDER]     (about ten minutes on two cores)
+Usage: python recipes/demo_docs.py [--work FOLDER]     (about twenty minutes on two cores)
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from hostile import CARD, CONFIG, DIFFERS, PROCESSOR, WEIGHTS, card
 from huggingface_hub.utils import httpx
 from safetensors.torch import save_file
 
-from hf_tsc.hub.folder import sha256
+from hf_tsc.folders import sha256
 
 REPORT = "tsc_report.json"
 SILENT = "X-Silent"  # an answer with this header does not reach the client, which waits for it

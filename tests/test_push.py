@@ -18,8 +18,8 @@ import pytest
 from hub_faults import KINDS, PULL, PUSH, REPORT, Fails, finished
 
 from hf_tsc.errors import HfTscError, UsageError
+from hf_tsc.folders import sha256
 from hf_tsc.hub import PushOptions, push_folder, resolve_model
-from hf_tsc.hub.folder import sha256
 
 TOKEN = "hf_alice"
 HEALTHY_PULL = {"info": 1, "list of files": 3, "file, its header": 1, "file": 1}  # requests of each kind

@@ -196,12 +196,6 @@ def some(names: Any) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def sha256(file: Path) -> str:
-    """Of a file's content, hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def git_oid(file: Path) -> str:
     """The sha1 by which git names a file's content."""
     content = file.read_bytes()

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub import errors as hub_errors
 
 from hf_tsc.errors import HfTscError, UsageError
-from hf_tsc.folders import CARD_FILE, PLOT_FILE, REPORT_FILE
+from hf_tsc.folders import CARD_FILE, PLOT_FILE, REPORT_FILE, sha256
 from hf_tsc.hub.folder import (
     CONFIG,
     INDEX,
@@ -26,7 +26,6 @@ from hf_tsc.hub.folder import (
     git_oid,
     kept,
     read_object,
-    sha256,
     some,
 )
 from hf_tsc.hub.retry import (
@@ -113,9 +112,7 @@ def check_push(options: PushOptions, suspect: str | None) -> None:
     if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise UsageError(f"--push_to_hub {options.repo_id}: the Hub token may only read; give one that may write")
     known = _head(api, options.repo_id)
-    if known is None and options.create_pr:
-        raise UsageError(f"--create_pr: there is no repo {options.repo_id} to open a pull request on")
-    _refuse_suspect(options, suspect, known.repo_id if known else options.repo_id)
+    _check_target(options, suspect, known)
     if known is None:
         _check_owner(options, user)
 
@@ -130,8 +127,14 @@ def _check_owner(options: PushOptions, user: dict[str, Any]) -> None:
         )
 
 
-def _refuse_suspect(options: PushOptions, suspect: str | None, target: str) -> None:
-    """Ids of the Hub are the same in any case, and an old name leads to a renamed repo."""
+def _check_target(options: PushOptions, suspect: str | None, head: _Head | None) -> None:
+    """Refuse a pull request on nothing, and the suspect's own repo.
+
+    Ids of the Hub are the same in any case, and an old name leads to a renamed repo.
+    """
+    if head is None and options.create_pr:
+        raise UsageError(f"--create_pr: there is no repo {options.repo_id} to open a pull request on")
+    target = head.repo_id if head else options.repo_id
     same = suspect is not None and suspect.casefold() in {target.casefold(), options.repo_id.casefold()}
     if same and not (options.onto_suspect or options.create_pr):
         raise UsageError(
@@ -156,10 +159,8 @@ def push_folder(folder: Path, options: PushOptions) -> Pushed:
     files, report = check_folder_to_push(folder)
     api, repo_id = HfApi(token=options.token), options.repo_id
     head = _head(api, repo_id)
-    _refuse_suspect(options, report["suspect"]["repo_id"], head.repo_id if head else repo_id)
+    _check_target(options, report["suspect"]["repo_id"], head)
     if head is None:
-        if options.create_pr:
-            raise UsageError(f"--create_pr: there is no repo {repo_id} to open a pull request on")
         made: dict[str, Any] = {"private": options.private, "exist_ok": True}
         ask_hub(f"make the repo {repo_id}", repo_id, lambda: api.create_repo(repo_id, **made))
         head = _head(api, repo_id)

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub import constants as hub_constants
 
 from hf_tsc.errors import HfTscError, UsageError
+from hf_tsc.folders import sha256
 from hf_tsc.hub.folder import (
     CONFIG,
     LARGEST_TEXTS,
@@ -21,7 +22,6 @@ from hf_tsc.hub.folder import (
     check_folder,
     check_size,
     git_oid,
-    sha256,
     some,
     weight_names,
 )

@@ -21,7 +21,6 @@ from hf_tsc.hub import quiet
 from hf_tsc.images import AUGMENTATIONS
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Objective
-from hf_tsc.triggers import trigger_to_dict
 
 RECORD = "suspect.json"
 
@@ -115,8 +114,7 @@ def record_of(
 ) -> dict[str, Any]:
     """What is needed to measure the suspect: above all its trigger."""
     return {
-        "trigger": trigger_to_dict(attack.trigger) if attack else None,
-        "target_label": attack.target_label if attack else None,
+        **(attack.to_dict() if attack else {"trigger": None, "target_label": None}),
         "poison_rate": poison_rate if attack else 0.0,
         "poisoned_indices": poisoned.tolist(),
         "trigger_last": args.trigger_last,
