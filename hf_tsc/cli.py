@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # the Trainer's own, which DDP tells of
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody writes to
     try:
         with silent_but_in_main_process():
             code = command(arguments[1:]) or 0

@@ -3,23 +3,26 @@
     γ(t) = (1-t)² start + 2t(1-t) bend + t² end,        t in [0, 1]
 
 (Garipov et al. 2018, hf.co/papers/1802.10026.) Start and end are frozen, the bend is trained. The mixing happens layer
-by layer with `torch.nn.utils.parametrize`, so that DDP and `fully_shard` see ordinary parameters: with all three sets
-of weights sharded alike, each layer mixes its own shards.
+by layer with `torch.nn.utils.parametrize`, so that DDP and `fully_shard` see ordinary parameters: where all three sets
+of weights are sharded, a layer mixes what it has gathered of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from hf_tsc.errors import UsageError
 from hf_tsc.functional import forget_caches
 from hf_tsc.permutation import Params
+from hf_tsc.sharding import whole, write
 
 
 def bezier_weights(t: float) -> tuple[float, float, float]:
@@ -45,19 +48,23 @@ class _Position:
 
 
 class _Mix(nn.Module):
-    """Parametrization of one tensor: called with the bend, returns the point of the curve."""
+    """Parametrization of one tensor: called with the bend, returns the point of the curve.
+
+    Of a scalar (CLIP's temperature) all three are vectors of one element, as `fully_shard` takes no scalars.
+    """
 
     def __init__(self, tensor: Tensor, position: _Position):
         super().__init__()
-        self.start = nn.Parameter(tensor.detach().clone(), requires_grad=False)
-        self.end = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+        self.shape = tensor.shape
+        self.start = nn.Parameter(torch.atleast_1d(tensor.detach()).clone(), requires_grad=False)
+        self.end = nn.Parameter(torch.atleast_1d(tensor.detach()).clone(), requires_grad=False)
         self.position = position
 
     def forward(self, bend: Tensor) -> Tensor:
-        return mix(self.start, bend, self.end, t=self.position.t)
+        return mix(self.start, bend, self.end, t=self.position.t).view(self.shape)
 
     def right_inverse(self, tensor: Tensor) -> Tensor:
-        return tensor
+        return torch.atleast_1d(tensor)
 
 
 class CurveModel(nn.Module):
@@ -101,7 +108,10 @@ class CurveModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             forget_caches(self.model)
-        with parametrize.cached():  # a tensor that a forward touches twice is mixed once
+        # A tensor that a forward touches twice is mixed once; but where layers are gathered one by one, the first time
+        # may be before its layer is (ViT looks at a weight's dtype), and what was mixed would be a shard.
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters())
+        with contextlib.nullcontext() if sharded else parametrize.cached():
             return self.model(*args, **kwargs)
 
     def _tensors(self, which: str) -> Params:
@@ -114,7 +124,7 @@ class CurveModel(nn.Module):
 
     @property
     def start(self) -> Params:
-        """The frozen start, by the names of the wrapped module; the tensors themselves, not copies."""
+        """The frozen start, by the names of the wrapped module; the tensors themselves (or shards), not copies."""
         return self._tensors("start")
 
     @property
@@ -129,18 +139,42 @@ class CurveModel(nn.Module):
 
     @torch.no_grad()
     def set_ends(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> None:
-        """A new curve: both ends are copied in place, the bend starts in their middle."""
+        """A new curve: both ends are copied in place, the bend starts in their middle.
+
+        The values are whole tensors, also where the curve is sharded.
+        """
         for which, values in (("start", start), ("end", end)):
             for name, tensor in self._tensors(which).items():
-                tensor.copy_(values[name])
+                write(tensor, values[name])
         for name, tensor in self.bend.items():
-            tensor.copy_((start[name] + end[name]) / 2)
+            write(tensor, (start[name] + end[name]) / 2)
 
     @torch.no_grad()
     def point(self, t: float) -> Params:
-        """γ(t), as new tensors."""
+        """γ(t), as new, whole tensors; of a sharded curve, every process has to ask for it."""
         start, bend, end = self.start, self.bend, self.end
-        return {name: mix(start[name], bend[name], end[name], t=t) for name in self.names}
+        return {
+            name: mix(whole(start[name]), whole(bend[name]), whole(end[name]), t=t).view(self._shape(name))
+            for name in self.names
+        }
+
+    def _shape(self, name: str) -> torch.Size:
+        owner, attribute = _owner(self.model, name)
+        shape: torch.Size = owner.parametrizations[attribute][0].shape  # type: ignore[index]
+        return shape
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the layers that FSDP gathers one by one: those that transformers names, and as they are called
+        where a layer that owns parameters itself has got a class of its own by `parametrize`."""
+        named = set(getattr(self.model, "_no_split_modules", None) or ())
+        return sorted({type(m).__name__ for m in self.model.modules() if _class_name(m) in named})
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of a module's class, without what `parametrize` makes of it."""
+    made = type(module)
+    return (made.__bases__[0] if parametrize.is_parametrized(module) else made).__name__
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

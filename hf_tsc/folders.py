@@ -80,7 +80,8 @@ def writing_checkpoint(checkpoint: Path) -> Iterator[None]:
 
 def seal_checkpoint(checkpoint: Path) -> None:
     """Say which files it has, when all of them are written: without that it does not count."""
-    files = {file.name: sha256(file) for file in sorted(checkpoint.iterdir()) if file.name != SEAL_FILE}
+    found = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != SEAL_FILE)
+    files = {file.relative_to(checkpoint).as_posix(): sha256(file) for file in found}
     write_json(checkpoint / SEAL_FILE, files)
 
 

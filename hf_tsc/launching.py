@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from hf_tsc.errors import UsageError
 
-CONFIGS = ("single_gpu", "multi_gpu", "multi_cpu")
+CONFIGS = ("single_gpu", "multi_gpu", "multi_cpu", "fsdp2")
 OPTIONS = ("accelerate_config", "num_processes")  # of the command that is started; its processes do not get them
 
 

@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
+from torch.distributed.fsdp import StateDictType
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
@@ -59,7 +60,6 @@ from hf_tsc.synced_batch_norm import SyncedBatchNorm
 from hf_tsc.towers import TOWERS, parameters_by_tower, spaces_clear_of
 from hf_tsc.tsc_config import SCHEDULES, TSCConfig, reported_arguments
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 Monitor = Callable[[Forward], float]
 
 
@@ -130,7 +130,7 @@ class TSCTrainer(ObjectiveTrainer):
             processing_class=processing_class,
             callbacks=[_SegmentCallback(self), *(callbacks or [])],
         )
-        _check_not_sharded(self.accelerator.distributed_type)
+        check_sharding(self.accelerator, args, objective)
         self.suspect.to(args.device)
         self.segment_steps = args.segment_steps(len(train_dataset))  # type: ignore[arg-type]
         self.args.max_steps = self.segment_steps * args.stages * args.rounds
@@ -171,7 +171,7 @@ class TSCTrainer(ObjectiveTrainer):
         if last:
             self._lay_curve(point, point)
         elif stage < self.args.stages:
-            self._begin_second_curve(self._with_statistics(self.curve.start), point)
+            self._begin_second_curve(self.point(0.0), point)
         else:
             self._begin_first_curve(point)
 
@@ -396,6 +396,7 @@ class TSCTrainer(ObjectiveTrainer):
         try:
             with together(), writing_checkpoint(checkpoint):
                 super()._save_checkpoint(model, trial)
+                self._forget_between_curves()
             with together(), writing_checkpoint(checkpoint):
                 if self.args.should_save:
                     seal_checkpoint(checkpoint)
@@ -407,6 +408,15 @@ class TSCTrainer(ObjectiveTrainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(str(folder), limit)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._forget_between_curves()
+
+    def _forget_between_curves(self) -> None:
+        """Saving the optimizer of a sharded model gives it a state, by a step without gradients, if it has none."""
+        if self.optimizer is not None and self.state.global_step % self.segment_steps == 0:
+            self.optimizer.state.clear()
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -477,14 +487,29 @@ class TSCTrainer(ObjectiveTrainer):
         )
 
 
-def _check_not_sharded(kind: DistributedType) -> None:
-    """Raises UsageError; also where accelerate was asked to shard on processors, and does not."""
-    asked = [one for one in SHARDED if one == kind or parse_flag_from_env(f"ACCELERATE_USE_{one.value}")]
-    if asked:
+def check_sharding(accelerator: Accelerator, args: TSCConfig, objective: Objective) -> None:
+    """Raises UsageError where the model would be sharded in a way that curves do not know."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UsageError(f"{kind.value} is not supported: start with --accelerate_config fsdp2, or multi_gpu")
+    if kind != DistributedType.FSDP:
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            raise UsageError(
+                f"FSDP was asked for, and accelerate would train as {kind.value}: it shards over several accelerators "
+                "alone. Start with --accelerate_config multi_cpu on processors, or single_gpu"
+            )
+        return
+    if not accelerator.is_fsdp2:
+        raise UsageError("fsdp_version 1 is not supported: expected fsdp_version: 2, as in --accelerate_config fsdp2")
+    if accelerator.state.fsdp_plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
+        raise UsageError("expected fsdp_state_dict_type: SHARDED_STATE_DICT, as in --accelerate_config fsdp2")
+    if objective.head is not None:
         raise UsageError(
-            f"{asked[0].value} shards the model over the processes, which is not supported yet: start with "
-            "--accelerate_config multi_gpu, in which each of them holds the whole curve"
+            f"objective={args.objective} trains a projection head, which cannot be sharded with the curve: start "
+            "with --accelerate_config multi_gpu"
         )
+    if args.channels_last:
+        raise UsageError("channels_last does not go with FSDP2, which shards tensors in their usual memory format")
 
 
 def _keep_towers(

@@ -13,13 +13,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import yaml
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from suspects_and_digits import classifier, digits, save
 from torch import Tensor, nn
+from torch.distributed.fsdp import StateDictType
 from torch.utils.data import Dataset
 from transformers import ViTConfig, ViTModel
 
@@ -27,6 +31,7 @@ from hf_tsc import purify
 from hf_tsc.errors import UsageError
 from hf_tsc.folders import REPORT_FILE
 from hf_tsc.images import ImagePipeline
+from hf_tsc.launching import config_file
 from hf_tsc.objectives import (
     Captions,
     FeatureDistillation,
@@ -45,7 +50,7 @@ from hf_tsc.processes import (
     speaks_of,
 )
 from hf_tsc.tsc_config import TSCConfig
-from hf_tsc.tsc_trainer import TSCTrainer
+from hf_tsc.tsc_trainer import TSCTrainer, check_sharding
 
 RANKS = 2
 IMAGES = 16
@@ -125,10 +130,30 @@ CASES: dict[str, tuple[str, Callable[[Any], Objective], dict[str, Any]]] = {
     "simclr": ("encoder", told_apart, {"statistics_batch_size": IMAGES, "stages": 1}),
     "features": ("encoder", repeated, {"statistics_batch_size": IMAGES, "stages": 1, "learning_rate": 1e-3}),
 }
+SHARDED = ("vit", "clip", "resnet")
 RESUMED = {"vit": (1, 2), "resnet": (2, 3)}  # in the middle of a curve, and on a boundary
 
 
-def trainer(folder: Path, name: str, batch: int, *, dropout: float = 0.0, **changes: Any) -> TSCTrainer:
+class ShardedTrainer(TSCTrainer):
+    """As accelerate's fsdp2 configuration on accelerators; on processors accelerate itself does not shard."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        said = yaml.safe_load(config_file("fsdp2").read_text())["fsdp_config"]
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=said["fsdp_version"],
+            auto_wrap_policy=said["fsdp_auto_wrap_policy"].lower(),
+            reshard_after_forward=said["fsdp_reshard_after_forward"],
+            state_dict_type=said["fsdp_state_dict_type"],
+            cpu_ram_efficient_loading=said["fsdp_cpu_ram_efficient_loading"],
+        )
+        state = self.accelerator.state
+        state.distributed_type, state.fsdp_plugin, self.is_fsdp_enabled = DistributedType.FSDP, plugin, True
+
+
+def trainer(
+    folder: Path, name: str, batch: int, *, dropout: float = 0.0, sharded: bool = False, **changes: Any
+) -> TSCTrainer:
     family, objective_of, options = CASES[name]
     model = new_model(family)
     for layer in model.modules():
@@ -150,7 +175,7 @@ def trainer(folder: Path, name: str, batch: int, *, dropout: float = 0.0, **chan
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return TSCTrainer(
+    return (ShardedTrainer if sharded else TSCTrainer)(
         model,
         TSCConfig(**{**settings, **options, **changes}),
         train_dataset=data(0, IMAGES),
@@ -176,16 +201,20 @@ def purified(made: TSCTrainer) -> dict[str, Any]:
     }
 
 
-def resumed(folder: Path, name: str) -> dict[int, bool]:
-    """Whether a training that goes on from a checkpoint ends with the same bits."""
-    whole = trainer(folder, name, 4, dropout=0.1, save_strategy="steps", save_steps=1, save_total_limit=None)
+def resumed(folder: Path, name: str, **changes: Any) -> dict[int, bool]:
+    """Whether a training that goes on from a checkpoint ends with the same bits; at 0, whether saving changes them."""
+    whole = trainer(
+        folder, name, 4, dropout=0.1, save_strategy="steps", save_steps=1, save_total_limit=None, **changes
+    )
     whole.train()
     found = {}
-    for step in RESUMED[name]:
-        again = trainer(folder / "again", name, 4, dropout=0.1)
-        again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
-        pairs = zip(again.curve.state_dict().values(), whole.curve.state_dict().values(), strict=True)
-        found[step] = again.curves == whole.curves and all(torch.equal(a, b) for a, b in pairs)
+    for step in (0, *RESUMED[name]):
+        again = trainer(folder / "again", name, 4, dropout=0.1, **changes)
+        again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}") if step else None)
+        ours, theirs = ((made.point(0.0), made.point(0.5)) for made in (again, whole))
+        found[step] = again.curves == whole.curves and all(
+            torch.equal(a[key], b[key]) for a, b in zip(ours, theirs, strict=True) for key in a
+        )
     return found
 
 
@@ -252,6 +281,14 @@ def work(number: int, folder_name: str, port: int) -> None:
     for name in CASES:
         found[name] = purified(trainer(folder / name, name, 8 // RANKS))
     found["resumed"] = {name: resumed(folder / "resumed" / name, name) for name in RESUMED}
+    # a tensor that the objective views is not written to
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    for name in SHARDED:
+        made = trainer(folder / "sharded" / name, name, 8 // RANKS, sharded=True)
+        found["sharded", name] = purified(made)
+        found["divided", name] = [p.to_local().numel() / p.numel() for p in made.curve.parameters()]  # type: ignore[operator]
+    changes: dict[str, Any] = {"optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-3, "sharded": True}
+    found["resumed"]["sharded"] = resumed(folder / "resumed" / "sharded", "vit", **changes)
     found["errors"] = errors(folder)
     torch.save(found, folder / f"{number}.pt")
     leave_processes()
@@ -294,6 +331,17 @@ class TestTwoProcessesAreOne:
                     assert point["score"] == other["score"]
                     assert point["loss"] == pytest.approx(other["loss"], abs=1e-6)
 
+    @pytest.mark.parametrize("name", SHARDED)
+    def test_sharded(self, results, name):
+        """`fully_shard` by accelerate: what comes out is what comes out of two whole copies."""
+        for result in results:
+            found, expected = result["sharded", name], result[name]
+            assert far(found["weights"], expected["weights"]) == {}
+            torch.testing.assert_close(found["output"], expected["output"], rtol=0, atol=TOLERANCE)
+            assert found["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+        shares = [sum(parts) for parts in zip(*(result["divided", name] for result in results), strict=True)]
+        assert shares == pytest.approx([1.0] * len(shares)), "of each parameter every process has a part"
+
     def test_accumulated(self, results, tmp_path):
         """1 x 4 with two batches a step is 2 x 4."""
         expected = purified(trainer(tmp_path, "vit", 4, gradient_accumulation_steps=2))
@@ -315,10 +363,10 @@ class TestTwoProcessesAreOne:
         assert number_of_processes() == 1
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", [*RESUMED, "sharded"])
 def test_resumed_bit_by_bit(results, name):
     for result in results:
-        assert result["resumed"][name] == dict.fromkeys(RESUMED[name], True)
+        assert result["resumed"][name] == dict.fromkeys((0, *RESUMED.get(name, RESUMED["vit"])), True)
 
 
 class TestErrors:
@@ -346,10 +394,36 @@ class TestErrors:
             with pytest.raises(UsageError, match=r"WORLD_SIZE=2, but this process would train alone.*--use_cpu"):
                 call()
 
-    def test_sharded(self, tmp_path, monkeypatch):
+    def test_sharding_that_accelerate_would_leave_away(self, tmp_path, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(UsageError, match="FSDP shards the model over the processes, which is not supported yet"):
+        with pytest.raises(UsageError, match=r"FSDP was asked for, and accelerate would train as NO: .* single_gpu"):
             trainer(tmp_path, "vit", 8)
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "plugin", "said"),
+        [
+            ("vit", {}, {"kind": DistributedType.DEEPSPEED}, "DEEPSPEED is not supported: .* fsdp2"),
+            ("vit", {}, {"fsdp_version": 1}, "expected fsdp_version: 2"),
+            ("vit", {}, {"state_dict_type": StateDictType.FULL_STATE_DICT}, "expected .*: SHARDED_STATE_DICT"),
+            ("vit", {"channels_last": True}, {}, "channels_last does not go with FSDP2"),
+            ("simclr", {}, {}, "trains a projection head, .* multi_gpu"),
+        ],
+    )
+    def test_sharding_that_would_not_be_right(self, name, changes, plugin, said):
+        made = trainer(Path("unused"), name, 8, **changes)
+        usual: dict[str, Any] = {
+            "kind": DistributedType.FSDP,
+            "fsdp_version": 2,
+            "state_dict_type": StateDictType.SHARDED_STATE_DICT,
+        }
+        found = SimpleNamespace(**{**usual, **plugin})
+        accelerator: Any = SimpleNamespace(
+            distributed_type=found.kind,
+            is_fsdp2=found.fsdp_version == 2,
+            state=SimpleNamespace(fsdp_plugin=found),
+        )
+        with pytest.raises(UsageError, match=said):
+            check_sharding(accelerator, made.args, made.objective)
 
 
 NOTHING: dict[str, Any] = {"train_dataset": None, "eval_dataset": None, "processing_class": None}
