@@ -73,7 +73,7 @@ class AttackArguments:
                     f"--trigger {self.trigger} is learnt with its suspect: name that one's {RECORD} instead"
                 )
         else:
-            trigger, target = _read_record(Path(self.trigger))
+            trigger, target = _read_record(Path(self.trigger), to_train=to_train)
         target = target if self.target_label is None else _label(self.target_label)
         if target is None:
             raise UsageError(f"--trigger {self.trigger} needs --target_label, the class that the trigger leads to")
@@ -89,9 +89,9 @@ def _label(text: str) -> TargetLabel:
         raise UsageError(f"--target_label {text}: expected the number of a class, or {NEXT}") from error
 
 
-def _read_record(file: Path) -> tuple[Trigger, TargetLabel | None]:
+def _read_record(file: Path, *, to_train: bool) -> tuple[Trigger, TargetLabel | None]:
     try:
-        return read_trigger(file)
+        return read_trigger(file, to_train=to_train)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         known = ", ".join(TRIGGERS)
         raise UsageError(

@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIDE, TILE, GAP, TITLE, COLUMNS = 32, 96, 4, 22, 2
 PROCESSOR = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
 RESNET = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic")
-TRAINING_IMAGES = 2000
+TRAINING_IMAGES = 1000
 Change = Callable[[Tensor], Tensor]
 
 
@@ -85,10 +85,10 @@ def train(data: ImageData, attack: Attack | None, folder: Path, epochs: int) -> 
 
 
 def residual(pixels: Tensor, changed: Tensor) -> tuple[Tensor, int]:
-    """128 + k (changed - pixels), and k: the greatest of 1, 2, 4, ... that keeps the mean of the largest hundredth."""
+    """128 + k (changed - pixels), and k: the greatest of 1, 2, 4, ... that clips at most a tenth of the changes."""
     difference = changed.double() - pixels.double()
-    largest = torch.quantile(difference.abs().flatten(), 0.99).clamp_min(1).item()
-    factor = max(1, 2 ** int(np.log2(max(1, 120 / largest))))
+    largest = torch.quantile(difference[difference != 0].abs(), 0.9).item()
+    factor = 2 ** int(np.log2(max(1, 120 / largest)))
     return (128 + factor * difference).clamp(0, 255).to(torch.uint8), factor
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--images", type=int, nargs=2, default=[3, 7], help="two rows of the data set")
-    parser.add_argument("--epochs", type=int, default=6, help="of both models")
+    parser.add_argument("--epochs", type=int, default=4, help="of both models")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/attacks/triggers.png")
     asked = parser.parse_args()
     data = open_images(asked.dataset_name)
@@ -132,7 +132,7 @@ def main() -> None:
     labels = torch.tensor([item["labels"] for item in items[:2]])
     with tempfile.TemporaryDirectory() as work:
         clean = train(data, None, Path(work) / "clean", asked.epochs)
-        attack = Attack(InputAware(mask_epochs=max(1, asked.epochs // 2)), target_label=0)
+        attack = Attack(InputAware(mask_epochs=asked.epochs), target_label=0)
         train(data, attack, Path(work) / "suspect", asked.epochs)
         learnt, _ = read_trigger(Path(work) / "suspect" / RECORD)
     assert isinstance(learnt, InputAware)

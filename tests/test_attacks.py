@@ -163,6 +163,7 @@ class TestInputAware:
         assert main([*argv, "--trigger", "input_aware", "--target_label", "3"]) == 2
         assert "input_aware is learnt with its suspect: name that one's suspect.json" in capsys.readouterr().err
         (tmp_path / RECORD).write_bytes((suspect[0] / RECORD).read_bytes())
+        assert AttackArguments(trigger=str(tmp_path / RECORD)).attack(to_train=True) == LEARNING
         assert main([*argv, "--trigger", str(tmp_path / RECORD)]) == 2
         assert "cannot be read from" in capsys.readouterr().err
 

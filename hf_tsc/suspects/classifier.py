@@ -73,6 +73,7 @@ def train_suspect(
     rate = attack.trigger.poisoning.rate if poison_rate is None else poison_rate
     poison = draw_poison(attack, labels[rows], rate=rate, seed=args.seed, num_classes=len(names))
     trigger = attack.trigger
+    check_output(Path(str(args.output_dir)))  # before what may take long
     hardened = _hardened(trigger, clean, poison.poisoned, surrogate)
     flagged = args.trigger_last or trigger.poisoning.learnt
     dataset = PoisonedPixels(clean, poison, trigger, seed=args.seed, hardened=hardened, flagged=flagged)
@@ -101,7 +102,6 @@ def _train_input_aware(
         raise UsageError(
             "poison_rate=0 leaves input_aware nothing to learn its trigger from: expected more, or no trigger"
         )
-    check_output(Path(str(args.output_dir)))  # before the first phase
     check_size(dataset[0]["pixels"])
     nets = new_nets(seed=args.seed).to(args.device)
     train_mask(nets, dataset, trigger, batch_size=args.per_device_train_batch_size, seed=args.seed)
@@ -122,15 +122,12 @@ def _hardened(
 ) -> dict[int, Tensor]:
     """The poisoned images as a label-consistent attack makes them; none for other attacks."""
     if (surrogate is not None) != trigger.poisoning.surrogate:
-        asked = (
-            "takes no surrogate: leave it out"
+        raise UsageError(
+            f"the trigger {trigger.name} takes no surrogate: leave it out"
             if surrogate is not None
-            else (
-                "needs a clean classifier to make its images with: give a surrogate (--surrogate FOLDER, such as what "
-                "train-suspect --poison_rate 0 wrote)"
-            )
+            else f"the trigger {trigger.name} needs a clean classifier to make its images with: give a surrogate "
+            "(--surrogate FOLDER, such as what train-suspect --poison_rate 0 wrote)"
         )
-        raise UsageError(f"the trigger {trigger.name} {asked}")
     if surrogate is None or not isinstance(trigger, LabelConsistent) or len(poisoned) == 0:
         return {}
     items = [clean[int(position)] for position in poisoned]

@@ -62,8 +62,12 @@ def trigger_from_dict(record: dict[str, Any], *, folder: Path | None = None) -> 
     return made.loaded(folder) if isinstance(made, InputAware) and folder is not None else made
 
 
-def read_trigger(file: Path) -> tuple[Trigger, TargetLabel | None]:
+def read_trigger(file: Path, *, to_train: bool = False) -> tuple[Trigger, TargetLabel | None]:
     """The trigger and the target label of a suspect's record or a report.
+
+    Args:
+        file: JSON.
+        to_train: a trigger that is learnt is still to be trained, and its file is not looked for.
 
     Raises:
         UsageError: a trigger of another version, or one that is learnt and whose file is not beside.
@@ -72,7 +76,7 @@ def read_trigger(file: Path) -> tuple[Trigger, TargetLabel | None]:
     content = json.loads(file.read_text(encoding="utf-8"))
     content = content.get("attack", content)
     target = content.get("target_label")
-    trigger = trigger_from_dict(dict(content["trigger"]), folder=file.parent)
+    trigger = trigger_from_dict(dict(content["trigger"]), folder=None if to_train else file.parent)
     return trigger, target if target is None or target == NEXT else operator.index(target)
 
 
