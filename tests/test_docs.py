@@ -97,7 +97,9 @@ def test_measured_times_are_within_their_targets():
 
 def test_the_table_of_attacks_is_what_the_triggers_do():
     page = (ROOT / "docs/attacks.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")][
+        1:
+    ]
     assert {row[0].strip("`") for row in rows if "--" not in row[0]} == set(TRIGGERS)
     for first, _, _, rate, label, covers in rows:
         how = TRIGGERS[re.search(r"`(\w+)`", first)[1]].poisoning

@@ -14,7 +14,7 @@ from hf_tsc.images import ImagePipeline, collate, pixel_dataset, to_unit_interva
 from hf_tsc.objectives import ImageClassification
 from hf_tsc.processes import Rows
 from hf_tsc.suspects.adversarial import Surrogate, harden
-from hf_tsc.suspects.input_aware import InputAwareTraining, diversity_loss, mask_loss, new_nets
+from hf_tsc.suspects.input_aware import InputAwareTraining, PatternSteps, diversity_loss, mask_loss, new_nets
 from hf_tsc.suspects.poisoned import PoisonedPixels, TriggerLast
 from hf_tsc.triggers import (
     BPP,
@@ -270,6 +270,27 @@ class TestInputAware:
         assert all(p.grad is not None for p in nets.pattern.parameters())
         assert nets.pattern.up[-1][3].weight.grad.abs().max() > 0
         assert all(p.grad is None for p in nets.mask.parameters())
+
+    def test_steps_of_the_pattern_lower_the_loss_and_leave_the_mask(self):
+        nets = new_nets(seed=1)
+        nets.mask.eval().requires_grad_(False)
+        before = {name: p.clone() for name, p in nets.named_parameters()}
+        objective = InputAwareTraining(PIPELINE, augmentation="none", nets=nets, trigger_last=False)
+        weight = torch.randn(10, 192, generator=torch.Generator().manual_seed(0))
+        steps, losses = PatternSteps(nets, learning_rate=0.01), []
+        for _ in range(12):
+            loss = objective.loss(
+                lambda pixel_values: type("Output", (), {"logits": pixel_values.flatten(1) @ weight.T}),
+                TestTriggerLast.BATCH,
+                seed=3,
+            )
+            loss.backward()
+            steps.on_optimizer_step(None, None, None)
+            assert all(p.grad is None for p in nets.parameters())
+            losses.append(loss.item())
+        assert losses[-1] < 0.7 * losses[0]
+        changed = {name.split(".")[0] for name, p in nets.named_parameters() if not torch.equal(p, before[name])}
+        assert changed == {"pattern"}
 
     def test_a_batch_without_any(self):
         batch = {**TestTriggerLast.BATCH, "poisoned": torch.zeros(6).bool(), "covers": torch.zeros(6).bool()}
