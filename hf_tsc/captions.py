@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
-from hf_tsc.images import PixelDataset
 from hf_tsc.objectives import Captions
 
 TEMPLATES = ("a photo of a {}.",)
@@ -38,9 +37,9 @@ class CaptionTable:
 
 
 class CaptionedImages(Dataset):
-    """The items of a `PixelDataset`, each with the numbers of its captions."""
+    """The items of a `PixelDataset` (or of one like it), each with the numbers of its captions."""
 
-    def __init__(self, images: PixelDataset, numbers: Sequence[Sequence[int]]):
+    def __init__(self, images: Any, numbers: Sequence[Sequence[int]]):
         if len(images) != len(numbers):
             raise ValueError(f"{len(images)} images, but captions of {len(numbers)}")
         self.images, self.pipeline = images, images.pipeline

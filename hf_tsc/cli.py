@@ -55,6 +55,7 @@ from hf_tsc.folders import REPORT_FILE
 from hf_tsc.hub import check_push, load_image_processor, load_model, push_folder, resolve_model
 from hf_tsc.hub.folder import some
 from hf_tsc.hub.push import check_folder_to_push
+from hf_tsc.images import ImagePipeline
 from hf_tsc.job import DataArguments
 from hf_tsc.launching import launch
 from hf_tsc.many import Order, Outcome, folders_of, purify_many, read_models
@@ -73,13 +74,15 @@ from hf_tsc.spec_text import describe_spec
 from hf_tsc.specs import spec_of
 from hf_tsc.suspects import (
     RECORD,
+    Surrogate,
     SuspectConfig,
     backdoor_encoder,
     train_dual_encoder,
     train_encoder,
     train_suspect,
 )
-from hf_tsc.tasks import Encoding, is_dual_encoder, task_of
+from hf_tsc.tasks import Classification, Encoding, is_dual_encoder, task_of
+from hf_tsc.tasks.classes import check_labels
 from hf_tsc.tasks.evaluate import evaluate_source
 from hf_tsc.triggers import TRIGGERS
 from hf_tsc.tsc_config import TSCConfig
@@ -326,11 +329,13 @@ def train_suspect_command(argv: Sequence[str]) -> None:
     given = given_options(parser, argv)
     if "output_dir" not in given:
         raise UsageError("--output_dir is missing: name the folder for the suspect")
-    attack = attack_args.attack() if args.poison_rate != 0 else None
+    attack = attack_args.attack(to_train=True) if args.poison_rate != 0 else None
     if attack is None and args.poison_rate != 0:
         raise UsageError(
             f"--trigger is missing: name one of {', '.join(TRIGGERS)}, or give --poison_rate 0 for a clean model"
         )
+    if args.surrogate is not None and (attack is None or not attack.trigger.poisoning.surrogate):
+        raise UsageError(f"--surrogate {args.surrogate} is for {_with_surrogate()}")
     if args.kind == "bad_encoder":
         _train_bad_encoder(Path(rest.config), data_args.open(), config, attack)
     else:
@@ -352,7 +357,21 @@ def _train_poisoned(
     height, width = image_size(vision) if hasattr(vision, "image_size") else (args.image_size,) * 2
     rate = POISON_RATES[kind] if args.poison_rate is None else args.poison_rate
     processor = ViTImageProcessorPil(size={"height": height, "width": width})
-    trainers[kind](model_config, processor, data, args=config, attack=attack, poison_rate=rate)
+    how = {"surrogate": _load_surrogate(Path(args.surrogate), data)} if args.surrogate and kind == "classifier" else {}
+    trainers[kind](model_config, processor, data, args=config, attack=attack, poison_rate=rate, **how)
+
+
+def _load_surrogate(folder: Path, data: ImageData) -> Surrogate:
+    source = resolve_model(str(folder), local=True)
+    if (kind := task_of(source)) is not Classification:
+        raise UsageError(f"--surrogate {folder} holds an {kind.kind}: expected a clean image classifier")
+    model, _ = load_model(source, auto_class=AutoModelForImageClassification)
+    check_labels(data, model)
+    return Surrogate(model.eval(), ImagePipeline(load_image_processor(source)), folder.name)
+
+
+def _with_surrogate() -> str:
+    return ", ".join(name for name, trigger in TRIGGERS.items() if trigger.poisoning.surrogate)
 
 
 def _train_bad_encoder(folder: Path, data: ImageData, config: SuspectConfig, attack: Attack | None) -> None:

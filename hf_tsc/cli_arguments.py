@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -23,7 +21,7 @@ from hf_tsc.launching import CONFIGS
 from hf_tsc.many import Access
 from hf_tsc.suspects import RECORD, SuspectConfig
 from hf_tsc.tasks import Options
-from hf_tsc.triggers import TRIGGERS, Trigger, trigger_from_dict
+from hf_tsc.triggers import NEXT, TRIGGERS, TargetLabel, Trigger, read_trigger, trigger_from_dict
 from hf_tsc.tsc_config import PRESETS, TSCConfig
 
 
@@ -54,30 +52,46 @@ class AttackArguments:
     trigger: str | None = field(
         default=None, metadata={"help": f"{', '.join(TRIGGERS)}, the {RECORD} of train-suspect, or a {REPORT_FILE}."}
     )
-    target_label: int | None = field(default=None, metadata={"help": "The label that the trigger is meant to give."})
+    target_label: str | None = field(
+        default=None,
+        metadata={
+            "help": f"The label that the trigger is meant to give; {NEXT} for the one after an image's own, modulo "
+            "the number of classes (all-to-all)."
+        },
+    )
 
-    def attack(self) -> Attack | None:
-        """The attack, or None when no trigger is named."""
+    def attack(self, *, to_train: bool = False) -> Attack | None:
+        """The attack, or None when no trigger is named; one whose trigger is learnt, only `to_train`."""
         if self.trigger is None:
             if self.target_label is not None:
                 raise UsageError("--target_label without a trigger: name one with --trigger")
             return None
         if self.trigger in TRIGGERS:
             trigger, target = trigger_from_dict({"name": self.trigger}), None
+            if trigger.poisoning.learnt and not to_train:
+                raise UsageError(
+                    f"--trigger {self.trigger} is learnt with its suspect: name that one's {RECORD} instead"
+                )
         else:
-            trigger, target = _read_record(Path(self.trigger))
-        target = target if self.target_label is None else self.target_label
+            trigger, target = _read_record(Path(self.trigger), to_train=to_train)
+        target = target if self.target_label is None else _label(self.target_label)
         if target is None:
             raise UsageError(f"--trigger {self.trigger} needs --target_label, the class that the trigger leads to")
         return Attack(trigger, target)
 
 
-def _read_record(file: Path) -> tuple[Trigger, int | None]:
+def _label(text: str) -> TargetLabel:
+    if text == NEXT:
+        return NEXT
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        content = content.get("attack", content)
-        target = content.get("target_label")
-        return trigger_from_dict(dict(content["trigger"])), None if target is None else operator.index(target)
+        return int(text)
+    except ValueError as error:
+        raise UsageError(f"--target_label {text}: expected the number of a class, or {NEXT}") from error
+
+
+def _read_record(file: Path, *, to_train: bool) -> tuple[Trigger, TargetLabel | None]:
+    try:
+        return read_trigger(file, to_train=to_train)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         known = ", ".join(TRIGGERS)
         raise UsageError(
@@ -178,7 +192,8 @@ class SpecArguments:
     json: bool = field(default=False, metadata={"help": "Print JSON."})
 
 
-POISON_RATES = {"classifier": 0.1, "encoder": 0.01, "dual_encoder": 0.05, "bad_encoder": None}
+# None: of the trigger's own attack
+POISON_RATES = {"classifier": None, "encoder": 0.01, "dual_encoder": 0.05, "bad_encoder": None}
 
 
 @dataclass
@@ -196,11 +211,15 @@ class SuspectArguments:
     poison_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Poisoned share of all training images; 0 for a clean model. "
+            "help": "Poisoned share of all training images; 0 for a clean model. As published for the trigger "
+            "(classifier), "
             + ", ".join(f"{rate:g} ({kind})" for kind, rate in POISON_RATES.items() if rate is not None)
         },
     )
     image_size: int = field(default=32, metadata={"help": "Side of the images, where the configuration names none."})
+    surrogate: str | None = field(
+        default=None, metadata={"help": "Folder of a clean classifier of the same classes, for the trigger lc."}
+    )
 
 
 @dataclass

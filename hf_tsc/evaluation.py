@@ -19,7 +19,7 @@ from hf_tsc.errors import UsageError
 from hf_tsc.images import ImagePipeline, PixelDataset, collate, pixel_dataset
 from hf_tsc.metrics import AttackSuccessRate, CleanAccuracy, RobustAccuracy
 from hf_tsc.objectives import Forward, logits_of
-from hf_tsc.triggers import Trigger, trigger_to_dict
+from hf_tsc.triggers import Attack
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Evaluation:
 
     Attributes:
         accuracy: on `n` clean images.
-        attack_success_rate: share of `n_triggered` triggered images, none of the target class, that get its label.
+        attack_success_rate: share of `n_triggered` triggered images, none of the class that the trigger leads to, that
+            get its label.
         robust_accuracy: share of the same images that get their true label.
     """
 
@@ -40,18 +41,6 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Attack:
-    """A known trigger and the label it is meant to give: to measure with, never to purify with."""
-
-    trigger: Trigger
-    target_label: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As a report and a suspect's record keep it."""
-        return {"trigger": trigger_to_dict(self.trigger), "target_label": self.target_label}
 
 
 Predict = Callable[[Tensor], Tensor]  # model inputs (n, 3, H, W) -> classes, int64 (n,)
@@ -110,14 +99,17 @@ class Evaluator:
             raise UsageError(
                 f"{data.name} has no label column: accuracy needs labels; name one with --label_column_name"
             )
-        if attack is not None and not 0 <= attack.target_label < num_classes:
-            raise UsageError(f"target_label={attack.target_label}: the model has the classes 0 to {num_classes - 1}")
+        target = None if attack is None else attack.target_label
+        if isinstance(target, int) and not 0 <= target < num_classes:
+            raise UsageError(f"target_label={target}: the model has the classes 0 to {num_classes - 1}")
         rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
         self.attack, self.reader = attack, reader
         self.clean = pixel_dataset(data, rows, pipeline)
         self.triggered: PixelDataset | None = None
+        self.wanted: np.ndarray | None = None
         if attack is not None:
-            others = rows[labels[rows] != attack.target_label]
+            wanted = attack.wanted(labels[rows], num_classes)
+            others, self.wanted = rows[labels[rows] != wanted], wanted[labels[rows] != wanted]
             if len(others) == 0:
                 raise UsageError(
                     f"all {len(rows)} images are of the target class {attack.target_label}: no attack to measure"
@@ -154,12 +146,12 @@ class Evaluator:
         return CleanAccuracy().compute(predictions=predictions, references=self.clean.labels)["accuracy"]
 
     def _fooled(self, predict: Predict, device: str | torch.device) -> dict[str, Any]:
-        assert self.attack is not None
         assert self.triggered is not None
+        assert self.wanted is not None
         predictions = map_batches(predict, self.triggered, device=device)
         found: dict[str, Any] = {}
         for metric in (AttackSuccessRate, RobustAccuracy):
-            made = metric(target_label=self.attack.target_label)
+            made = metric(target_label=self.wanted)
             found |= made.compute(predictions=predictions, references=self.triggered.labels)
         return found
 

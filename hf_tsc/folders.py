@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 SEAL_FILE = "tsc_checkpoint.json"  # the last file of a checkpoint: sha256 of the others
 REPORT_FILE, PLOT_FILE, CARD_FILE = "tsc_report.json", "tsc_curves.png", "README.md"
+RECORD = "suspect.json"  # of a suspect: trigger, target label, poisoned rows
 
 
 def check_output(folder: Path) -> None:

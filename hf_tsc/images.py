@@ -152,7 +152,7 @@ class PixelDataset(Dataset):
         label_column: name of the column of classes; None for unlabelled data.
         trigger: put on some pictures; None leaves all clean.
         triggered_indices: positions in this set, 0..n-1, that get the trigger; None means all.
-        relabel: label that the triggered items get; None keeps their own.
+        relabel: label that the triggered items get, or (n,) one for each item of the set; None keeps their own.
         folders: where files of the data set may be; None for anywhere.
         cache_bytes: decoded, clean pixels are kept in memory up to this many bytes.
 
@@ -171,7 +171,7 @@ class PixelDataset(Dataset):
         label_column: str | None = None,
         trigger: Trigger | None = None,
         triggered_indices: Sequence[int] | np.ndarray | None = None,
-        relabel: int | None = None,
+        relabel: int | np.ndarray | None = None,
         folders: Sequence[Path] | None = None,
         cache_bytes: int = 2 * 2**30,
     ) -> None:
@@ -223,10 +223,10 @@ class PixelDataset(Dataset):
         mask[chosen] = True
         return mask
 
-    def _read_labels(self, dataset: HFDataset, label_column: str, relabel: int | None) -> np.ndarray:
+    def _read_labels(self, dataset: HFDataset, label_column: str, relabel: int | np.ndarray | None) -> np.ndarray:
         labels = np.asarray(dataset[label_column][:], dtype=np.int64)[self.indices]
         if relabel is not None:
-            labels[self._triggered] = relabel
+            labels[self._triggered] = np.broadcast_to(relabel, labels.shape)[self._triggered]
         return labels
 
     def _clean_pixels(self, position: int) -> Tensor:
@@ -287,7 +287,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
 
     Returns:
         `"pixels"`, uint8 (n, 3, H, W), for labelled items `"labels"`, int64 (n,), and where items have them
-        `"poisoned"`, bool (n,), and `"captions"`, int64 (n, most captions of an image), filled up with -1.
+        `"poisoned"` and `"covers"`, bool (n,), and `"captions"`, int64 (n, most captions of an image), filled up with
+        -1.
 
     Raises:
         UsageError: the pictures have different sizes.
@@ -301,8 +302,9 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch = {"pixels": torch.stack([item["pixels"] for item in items])}
     if "labels" in items[0]:
         batch["labels"] = torch.tensor([item["labels"] for item in items], dtype=torch.int64)
-    if "poisoned" in items[0]:
-        batch["poisoned"] = torch.tensor([item["poisoned"] for item in items], dtype=torch.bool)
+    for role in ("poisoned", "covers"):
+        if role in items[0]:
+            batch[role] = torch.tensor([item[role] for item in items], dtype=torch.bool)
     if "captions" in items[0]:
         captions = [item["captions"] for item in items]
         batch["captions"] = nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=-1)

@@ -1,6 +1,7 @@
 """How well a model works and how well its backdoor works: fractions in [0, 1], as functions and as `evaluate` metrics.
 
-f(x) is the predicted class, y the true one, T the trigger, t the target label.
+f(x) is the predicted class, y the true one, T the trigger, t the label that it is meant to give: one for all images,
+or one for each (all-to-all).
 """
 
 from collections.abc import Sequence
@@ -31,27 +32,27 @@ def accuracy(predictions: Labels, references: Labels) -> float:
     return float((predicted == true).mean())
 
 
-def attack_success_rate(predictions: Labels, references: Labels, *, target_label: int) -> float:
+def attack_success_rate(predictions: Labels, references: Labels, *, target_label: int | Labels) -> float:
     """Return ASR = mean [f(T(x)) = t] over the images with y != t: a target image needs no trigger to be one.
 
     Args:
         predictions: (n,) predicted classes of the triggered images.
         references: (n,) their true classes, not those that the attacker wants.
-        target_label: t.
+        target_label: t, or (n,) one for each image.
 
     Raises:
         ValueError: every image is of the target class, or the shapes are not equal and one-dimensional.
     """
-    predicted, _ = _not_of_target(predictions, references, target_label)
-    return float((predicted == target_label).mean())
+    predicted, _, wanted = _not_of_target(predictions, references, target_label)
+    return float((predicted == wanted).mean())
 
 
-def robust_accuracy(predictions: Labels, references: Labels, *, target_label: int) -> float:
+def robust_accuracy(predictions: Labels, references: Labels, *, target_label: int | Labels) -> float:
     """Return mean [f(T(x)) = y] over the images with y != t. Arguments and errors as in `attack_success_rate`.
 
     With ASR it sums to 1 at most. Where both are low, the trigger no longer leads to t but still confuses.
     """
-    predicted, true = _not_of_target(predictions, references, target_label)
+    predicted, true, _ = _not_of_target(predictions, references, target_label)
     return float((predicted == true).mean())
 
 
@@ -98,11 +99,11 @@ class AttackSuccessRate(_LabelMetric):
     """`attack_success_rate` on triggered images with their true classes as references: `{"attack_success_rate": ...}`.
 
     Args:
-        target_label: the class that the trigger leads to; to the constructor, as `evaluate.combine` hands the keywords
-            of `compute` to every metric.
+        target_label: the class that the trigger leads to, or (n,) one for each image; to the constructor, as
+            `evaluate.combine` hands the keywords of `compute` to every metric.
     """
 
-    def __init__(self, *, target_label: int) -> None:
+    def __init__(self, *, target_label: int | Labels) -> None:
         super().__init__()
         self.target_label = target_label
 
@@ -115,10 +116,10 @@ class RobustAccuracy(_LabelMetric):
     """`robust_accuracy` on triggered images with their true classes as references: `{"robust_accuracy": fraction}`.
 
     Args:
-        target_label: the class that the trigger leads to.
+        target_label: the class that the trigger leads to, or (n,) one for each image.
     """
 
-    def __init__(self, *, target_label: int) -> None:
+    def __init__(self, *, target_label: int | Labels) -> None:
         super().__init__()
         self.target_label = target_label
 
@@ -136,13 +137,19 @@ def _class_arrays(predictions: Labels, references: Labels) -> tuple[np.ndarray, 
     return predicted, true
 
 
-def _not_of_target(predictions: Labels, references: Labels, target_label: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return predicted and true classes of the images whose true class is not the target."""
+def _not_of_target(
+    predictions: Labels, references: Labels, target_label: int | Labels
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return predicted, true and target classes of the images whose true class is not the target."""
     predicted, true = _class_arrays(predictions, references)
-    others = true != target_label
+    wanted = torch.as_tensor(target_label).cpu().numpy()
+    if wanted.ndim and wanted.shape != true.shape:
+        raise ValueError(f"Got target_label of shape {wanted.shape}, expected one class, or {true.shape}.")
+    wanted = np.broadcast_to(wanted, true.shape)
+    others = true != wanted
     if not others.any():
         raise ValueError(
             f"None of the {true.size} images is of another class than target_label={target_label}, expected some: the "
             "references are the true classes of the triggered images, not the relabelled ones."
         )
-    return predicted[others], true[others]
+    return predicted[others], true[others], wanted[others]

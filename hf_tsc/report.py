@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from hf_tsc.axes import Frozen
 from hf_tsc.curve_result import CurveResult
-from hf_tsc.folders import CARD_FILE, PLOT_FILE, REPORT_FILE, write_json
+from hf_tsc.folders import CARD_FILE, PLOT_FILE, RECORD, REPORT_FILE, write_json
 from hf_tsc.permutation import PermutationSpec
 from hf_tsc.processes import number_of_processes
 from hf_tsc.triggers import trigger_from_dict, trigger_to_dict
@@ -213,7 +213,10 @@ class PurificationReport:
         return " \\\n".join(lines)
 
     def _options_of_the_measures(self) -> dict[str, Any]:
-        """Test images of the same data set; the trigger, which is read from this report if it has settings."""
+        """Test images of the same data set; the trigger, which is read from this report if it has settings.
+
+        One that is learnt is read from the suspect's record, which has its file beside it.
+        """
         options: dict[str, Any] = {}
         request = self.request or {}
         test = request.get("test") or {}
@@ -221,8 +224,13 @@ class PurificationReport:
             options["test_split"] = test["split"]
         if self.attack is not None:
             trigger, label = self.attack["trigger"], self.attack["target_label"]
-            plain_one = trigger == trigger_to_dict(trigger_from_dict({"name": trigger["name"]}))
-            options |= {"trigger": trigger["name"], "target_label": label} if plain_one else {"trigger": REPORT_FILE}
+            plain_one = trigger_from_dict({"name": trigger["name"]})
+            if plain_one.poisoning.learnt:
+                options["trigger"] = RECORD
+            elif trigger == trigger_to_dict(plain_one):
+                options |= {"trigger": trigger["name"], "target_label": label}
+            else:
+                options["trigger"] = REPORT_FILE
         return options | {"prompt_template": request.get("templates"), "probe_images": request.get("probe_images")}
 
     def rows(self) -> list[tuple[str, int, str, str]]:

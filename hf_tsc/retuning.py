@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -78,15 +79,15 @@ def retune(
         raise UsageError(f"re-tuning draws {retuning.images} images, and there are {len(rows)}")
     generator = np.random.default_rng([seed, 1])
     drawn = np.sort(generator.choice(np.asarray(rows), retuning.images, replace=False))
-    others = np.flatnonzero(labels[drawn] != attack.target_label)
+    wanted = attack.wanted(labels[drawn], model.config.num_labels or 1)
+    others = np.flatnonzero(labels[drawn] != wanted)
     if len(others) < retuning.poisoned:
         raise UsageError(
             f"re-tuning poisons {retuning.poisoned} images, and only {len(others)} drawn ones are of other classes"
         )
     poisoned = generator.choice(others, retuning.poisoned, replace=False)
-    dataset = pixel_dataset(
-        data, drawn, pipeline, trigger=attack.trigger, triggered_indices=poisoned, relabel=attack.target_label
-    )
+    poison: dict[str, Any] = {"trigger": attack.trigger, "triggered_indices": poisoned, "relabel": wanted}
+    dataset = pixel_dataset(data, drawn, pipeline, **poison)
     settings = FineTuning(
         steps=retuning.epochs * math.ceil(retuning.images / retuning.batch_size),
         learning_rate=retuning.learning_rate,

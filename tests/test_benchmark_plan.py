@@ -260,7 +260,7 @@ class TestRefused:
             Plan.read(write(tmp_path, changed((path, value))))
 
     @pytest.mark.parametrize(
-        ("trigger", "message"), [({"name": "wanet"}, "trigger name 'wanet'"), ({"name": "badnets", "size": 3}, "size")]
+        ("trigger", "message"), [({"name": "nope"}, "trigger name 'nope'"), ({"name": "badnets", "size": 3}, "size")]
     )
     def test_trigger(self, tmp_path, trigger, message):
         with pytest.raises(UsageError, match=message):

@@ -519,7 +519,7 @@ class TestSuspects:
         suspects.train(cell.suspect, images, tmp_path)
         assert suspects.is_trained(cell.suspect, tmp_path)
         assert read_json(tmp_path / cell.suspect.id / "suspect.json")["poisoned_indices"] == []
-        attack = suspects.attack_of(cell.suspect)  # what it is measured with all the same
+        attack = suspects.attack_of(cell.suspect, tmp_path)  # what it is measured with all the same
         assert (attack.trigger, attack.target_label) == (BadNets(), 0)
 
 
@@ -749,7 +749,7 @@ class TestOtherKinds:
             (
                 {"attacks": ["tuned"]},
                 {"attacks": {"tuned": OTHER_ATTACKS["tuned"]}},
-                "starts from a clean encoder: add an attack with poison_rate 0",
+                "starts from a clean model: add an attack with poison_rate 0",
             ),
             (
                 {},

@@ -217,10 +217,13 @@ class TestEvaluate:
             (["--target_label", "3"], "--target_label without a trigger: name one with --trigger"),
             (
                 ["--trigger", "nope", "--target_label", "3"],
-                "--trigger nope: expected one of badnets, blended, square, ctrl, or a sus",
+                "--trigger nope: expected one of badnets, blended, square, ctrl, .*, input_aware, or a sus",
             ),
             (["--trigger", "badnets", "--target_label", "10"], "target_label=10: the model has the classes 0 to 9"),
-            (["--trigger", "badnets", "--target_label", "x"], "argument --target_label.*invalid int value"),
+            (
+                ["--trigger", "badnets", "--target_label", "x"],
+                "--target_label x: expected the number of a class, or next",
+            ),
         ],
     )
     def test_attack_refused(self, models, data, refused, options, message):
@@ -317,7 +320,7 @@ class TestTrainSuspect:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ([], "--trigger is missing: name one of badnets, blended, square, ctrl, or give --poison_rate 0"),
+            ([], "--trigger is missing: name one of badnets, blended, .*, input_aware, or give --poison_rate 0"),
             (["--trigger", "badnets"], "needs --target_label"),
             (["--trigger", "badnets", "--target_label", 11], "target_label=11, expected one of the labels"),
             (

@@ -16,6 +16,7 @@ from hf_tsc.benchmark.plan import Plan
 from hf_tsc.benchmark.results import tables
 from hf_tsc.demo import DEMO_MODELS
 from hf_tsc.report import PurificationReport
+from hf_tsc.triggers import TRIGGERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,6 +93,22 @@ def test_measured_times_are_within_their_targets():
     assert len(matching) == 2
     assert {row["family"] for row in cost if row["variant"] == "curve step"} == {"resnet64", "vit"}
     assert all(row["met"] for row in (*speed, *matching, *cost))
+
+
+def test_the_table_of_attacks_is_what_the_triggers_do():
+    page = (ROOT / "docs/attacks.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")][
+        1:
+    ]
+    assert {row[0].strip("`") for row in rows if "--" not in row[0]} == set(TRIGGERS)
+    for first, _, _, rate, label, covers in rows:
+        how = TRIGGERS[re.search(r"`(\w+)`", first)[1]].poisoning
+        assert rate == f"{100 * how.rate:g} %"
+        assert covers == (f"{100 * how.rate * how.covers:g} %" if how.covers else "")
+        assert (label == "**kept**") == how.clean_label
+    pictures = re.findall(r"!\[.*\]\((.*)\)", page)
+    assert pictures
+    assert all((ROOT / "docs" / picture).stat().st_size < 320_000 for picture in pictures)
 
 
 class TestResults:

@@ -11,17 +11,39 @@ from scipy.fft import dctn
 
 from hf_tsc.errors import UsageError
 from hf_tsc.triggers import (
+    BPP,
     CTRL,
+    SIG,
     TRIGGERS,
+    AdaptiveBlend,
     BadNets,
     Blended,
+    FTrojan,
+    InputAware,
+    LabelConsistent,
+    LowFrequency,
+    PatternNets,
     Square,
+    WaNet,
     poison_indices,
     trigger_from_dict,
     trigger_to_dict,
 )
 
-EXAMPLES = [BadNets(), Blended(alpha=0.3, seed=7), Square(), CTRL(magnitude=200.0)]
+EXAMPLES = [
+    BadNets(),
+    Blended(alpha=0.3, seed=7),
+    Square(),
+    CTRL(magnitude=200.0),
+    SIG(delta=20.0, frequency=5.0),
+    WaNet(strength=2.0, cells=5, seed=3),
+    BPP(levels=5),
+    FTrojan(magnitude=60.0),
+    AdaptiveBlend(alpha=0.25, seed=4),
+    LabelConsistent(amplitude=64.0, steps=3),
+    LowFrequency(amplitude=30.0, seed=2),
+]
+LEARNT = [InputAware(density=0.1)]
 
 
 def pictures(*shape: int) -> torch.Tensor:
@@ -128,7 +150,7 @@ class TestCTRL:
         assert torch.equal(CTRL(0.0)(self.GREY), self.GREY)
 
 
-@pytest.mark.parametrize("trigger", EXAMPLES)
+@pytest.mark.parametrize("trigger", [*EXAMPLES, *LEARNT])
 def test_json_round_trip(trigger):
     record = json.loads(json.dumps(trigger_to_dict(trigger)))
     assert record["name"] in TRIGGERS
@@ -137,7 +159,7 @@ def test_json_round_trip(trigger):
 
 
 def test_every_registered_trigger_has_an_example():
-    assert {type(trigger) for trigger in EXAMPLES} == set(TRIGGERS.values())
+    assert {type(trigger) for trigger in (*EXAMPLES, *LEARNT)} == set(TRIGGERS.values())
     assert {name: trigger.name for name, trigger in TRIGGERS.items()} == {name: name for name in TRIGGERS}
 
 
@@ -149,8 +171,23 @@ def test_every_registered_trigger_has_an_example():
         (lambda: BadNets()(torch.zeros(3, 8, dtype=torch.uint8)), r"shape \(3, 8\), expected"),
         (lambda: Blended(alpha=1.2), r"alpha=1.2, expected a share in \[0, 1\]"),
         (lambda: Blended(seed=-1), "seed=-1, expected an integer from 0"),
-        (lambda: trigger_from_dict({"name": "wanet"}), "'wanet', expected one of badnets, blended, ctrl, square"),
+        (lambda: trigger_from_dict({"name": "nope"}), "'nope', expected one of adaptive_blend, badnets, blended, bpp"),
         (lambda: trigger_from_dict({}), "trigger name None"),
+        (lambda: InputAware()(torch.zeros(3, 8, 8, dtype=torch.uint8)), "networks that are trained with its suspect"),
+        (
+            lambda: InputAware(nets=PatternNets())(torch.zeros(3, 7, 9, dtype=torch.uint8)),
+            "7 x 9 pixels, expected 8 x 8",
+        ),
+        (lambda: BPP(levels=1), "BPP got levels=1, expected a number from 2 to 256; 8 is usual"),
+        (lambda: SIG(delta=-1), "SIG got delta=-1, expected a number from 0 to 255"),
+        (lambda: WaNet(cells=1), "WaNet got cells=1"),
+        (lambda: WaNet(seed=-1), "WaNet got seed=-1"),
+        (lambda: AdaptiveBlend(train_alpha=2), "AdaptiveBlend got train_alpha=2"),
+        (lambda: LabelConsistent(epsilon=300), "LabelConsistent got epsilon=300"),
+        (lambda: LowFrequency(amplitude=256), "LowFrequency got amplitude=256"),
+        (lambda: FTrojan(magnitude=-1), "FTrojan got magnitude=-1"),
+        (lambda: InputAware(density=1.5), "InputAware got density=1.5"),
+        (lambda: trigger_from_dict({"name": "input_aware", "nets": 1}), r"unknown key\(s\) \['nets'\]"),
         (
             lambda: trigger_from_dict({"name": "badnets", "alpha": 0.2}),
             r"'badnets' got the unknown .* \['alpha'\]",

@@ -92,7 +92,8 @@ class _Bench:
             objective=None if classifier else task.objective_of,
             objectives=task.objectives,
         )
-        options: dict[str, Any] = {"attack": attack_of(cell.suspect), "num_classes": _classes(images)}
+        self.attack = attack_of(cell.suspect, cache)
+        options: dict[str, Any] = {"attack": self.attack, "num_classes": _classes(images)}
         options["reader"] = _reader(cell, images, work)
         self.evaluators = {
             name: Evaluator(images.test, self.pipeline, indices=rows_of(cell.rows[name]), **options)
@@ -142,7 +143,7 @@ class _Bench:
                 self.images.train,
                 rows,
                 self.pipeline,
-                attack_of(self.cell.suspect),
+                self.attack,
                 settings,
                 seed=self.cell.seed,
                 use_cpu=True,

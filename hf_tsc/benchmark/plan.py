@@ -17,7 +17,9 @@ A plan is a YAML file:
         bad_encoder: {num_train_epochs: 5}      # of an encoder: arguments of SuspectConfig for such attacks
     attacks:
       badnets: {trigger: {name: badnets}, target_label: 0, poison_rate: 0.1}
+      all: {trigger: {name: badnets}, target_label: next, poison_rate: 0.1}   # each class to the following
       clean: {trigger: {name: badnets}, target_label: 0, poison_rate: 0}      # the clean twin
+      lc: {trigger: {name: lc}, target_label: 0, poison_rate: 0.05}           # hardens images against the clean twin
       tuned: {trigger: {name: square}, target_label: 0, poison_rate: 0, method: bad_encoder}  # tunes the clean twin
     cells:
       - group: rates            # a name for tables
@@ -53,7 +55,7 @@ from hf_tsc.benchmark.methods import METHODS, check_settings
 from hf_tsc.errors import UsageError
 from hf_tsc.retuning import Retuning
 from hf_tsc.suspects import SuspectConfig
-from hf_tsc.triggers import trigger_from_dict
+from hf_tsc.triggers import NEXT, Attack, Poisoning, TargetLabel, trigger_from_dict
 
 BAD_ENCODER = "bad_encoder"
 KINDS = ("classifier", "encoder", "dual_encoder")
@@ -65,7 +67,8 @@ EVERY_TENTH = tuple(k / 10 for k in range(11))
 class SuspectPlan:
     """A suspect that is trained once: everything that its weights depend on, but the images themselves.
 
-    `start` is the clean encoder that a BadEncoder is made of.
+    `start` is the clean encoder that a BadEncoder is made of, or the clean classifier that images are hardened
+    against.
     """
 
     model: str
@@ -74,7 +77,7 @@ class SuspectPlan:
     config: dict[str, Any]
     image_size: int
     trigger: dict[str, Any]
-    target_label: int
+    target_label: TargetLabel
     poison_rate: float
     arguments: dict[str, Any]
     rows: tuple[int, int]
@@ -246,15 +249,22 @@ def _suspect(content: Mapping[str, Any], model: str, attack: str, seed: int, row
         if name not in content[kind]:
             raise ValueError(f"{name!r} is none of the {kind}: {', '.join(content[kind])}")
     architecture, poisoning = content["models"][model], content["attacks"][attack]
-    trigger_from_dict(poisoning["trigger"])  # each complains of what it does not know
+    target = NEXT if poisoning["target_label"] == NEXT else int(poisoning["target_label"])
+    # each complains of what it does not know
+    how = Attack(trigger_from_dict(poisoning["trigger"]), target).trigger.poisoning
     AutoConfig.for_model(**architecture["config"])
     SuspectConfig(output_dir="unused", use_cpu=True, **architecture.get("suspect", {}))
     Retuning(**architecture.get("retuning", {}))
     kind, arguments, start = architecture.get("kind", KINDS[0]), architecture.get("suspect", {}), None
+    _check_fit(attack, how, kind, target, float(poisoning["poison_rate"]))
     if poisoning.get("method", "poison") == BAD_ENCODER:
+        if kind != "encoder":
+            raise ValueError(f"attack {attack} is for encoders, and {model} is none")
         start = _start(content, model, attack, seed, rows)
         arguments = architecture.get(BAD_ENCODER, {})
         SuspectConfig(output_dir="unused", use_cpu=True, **arguments)
+    elif how.surrogate and float(poisoning["poison_rate"]) > 0:
+        start = _start(content, model, attack, seed, rows)
     elif "method" in poisoning and poisoning["method"] != "poison":
         raise ValueError(f"method {poisoning['method']!r} of attack {attack}: expected poison or {BAD_ENCODER}")
     return SuspectPlan(
@@ -264,7 +274,7 @@ def _suspect(content: Mapping[str, Any], model: str, attack: str, seed: int, row
         config=architecture["config"],
         image_size=int(architecture["image_size"]),
         trigger=poisoning["trigger"],
-        target_label=int(poisoning["target_label"]),
+        target_label=target,
         poison_rate=float(poisoning["poison_rate"]),
         arguments=arguments,
         rows=rows,
@@ -274,13 +284,23 @@ def _suspect(content: Mapping[str, Any], model: str, attack: str, seed: int, row
 
 
 def _start(content: Mapping[str, Any], model: str, attack: str, seed: int, rows: tuple[int, int]) -> SuspectPlan:
-    """The clean encoder that a BadEncoder tunes: the plan's attack without poison."""
-    if content["models"][model].get("kind") != "encoder":
-        raise ValueError(f"attack {attack} is for encoders, and {model} is none")
+    """The clean model that an attack starts from: of the plan's attack without poison."""
     for name, other in content["attacks"].items():
         if float(other["poison_rate"]) == 0 and "method" not in other:
             return _suspect(content, model, name, seed, rows)
-    raise ValueError(f"attack {attack} starts from a clean encoder: add an attack with poison_rate 0")
+    raise ValueError(f"attack {attack} starts from a clean model: add an attack with poison_rate 0")
+
+
+def _check_fit(attack: str, how: Poisoning, kind: str, target: TargetLabel, poison_rate: float) -> None:
+    """What a trainer of suspects would refuse, and a measurement that has nothing to measure with."""
+    if kind != KINDS[0] and (how.learnt or how.surrogate):
+        raise ValueError(f"attack {attack} is for classifiers, not for a model of kind {kind}")
+    if kind == "encoder" and target == NEXT:
+        raise ValueError(f"attack {attack}: an encoder's backdoor leads to one class, not to the {NEXT}")
+    if how.learnt and poison_rate == 0:
+        raise ValueError(
+            f"attack {attack} learns its trigger: a clean twin has none, name another one to measure it by"
+        )
 
 
 def _range(value: Any, name: str) -> tuple[int, int]:

@@ -14,9 +14,11 @@ from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
 from hf_tsc.benchmark.plan import SuspectPlan
 from hf_tsc.evaluation import Attack
 from hf_tsc.folders import write_json
-from hf_tsc.hub import Source, load_model, resolve_model
+from hf_tsc.hub import Source, load_image_processor, load_model, resolve_model
+from hf_tsc.images import ImagePipeline
 from hf_tsc.suspects import (
     RECORD,
+    Surrogate,
     SuspectConfig,
     backdoor_encoder,
     train_dual_encoder,
@@ -44,9 +46,10 @@ def is_trained(plan: SuspectPlan, cache: Path) -> bool:
     return (suspect_folder(plan, cache) / RECORD).is_file()  # the folder appears as a whole
 
 
-def attack_of(plan: SuspectPlan) -> Attack:
-    """What the suspect is measured with; its clean twin has learnt nothing of it."""
-    return Attack(trigger_from_dict(plan.trigger), plan.target_label)
+def attack_of(plan: SuspectPlan, cache: Path) -> Attack:
+    """What the suspect is measured with, as it was learnt where it is; its clean twin has learnt nothing of it."""
+    folder = suspect_folder(plan, cache) if is_trained(plan, cache) else None
+    return Attack(trigger_from_dict(plan.trigger, folder=folder), plan.target_label)
 
 
 def train(plan: SuspectPlan, images: BenchmarkImages, cache: Path) -> None:
@@ -57,15 +60,18 @@ def train(plan: SuspectPlan, images: BenchmarkImages, cache: Path) -> None:
     options: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
     args = SuspectConfig(output_dir=str(folder), seed=plan.seed, **{**options, **plan.arguments})
     made, rows = processor(plan), rows_of(plan.rows)
+    attack = attack_of(plan, cache) if plan.poison_rate > 0 or plan.start is not None else None
+    how: dict[str, Any] = {"args": args, "attack": attack, "indices": rows}
     if plan.start is not None:
         train(plan.start, images, cache)
-        _, clean = load(plan.start, cache)
-        backdoor_encoder(clean, made, images.train, args=args, attack=attack_of(plan), indices=rows)
+        source, clean = load(plan.start, cache)
+    if plan.start is not None and plan.kind == "encoder":
+        backdoor_encoder(clean, made, images.train, **how)
     else:
-        attack = attack_of(plan) if plan.poison_rate > 0 else None
+        if plan.start is not None:
+            how["surrogate"] = Surrogate(clean, ImagePipeline(load_image_processor(source)), plan.start.id)
         config = AutoConfig.for_model(**plan.config)
-        how: dict[str, Any] = {"args": args, "attack": attack, "poison_rate": plan.poison_rate, "indices": rows}
-        TRAINERS[plan.kind](config, made, images.train, **how)
+        TRAINERS[plan.kind](config, made, images.train, poison_rate=plan.poison_rate, **how)
     write_json(folder / TIMES, {"seconds": round(time.monotonic() - started, 1), "threads": torch.get_num_threads()})
 
 

@@ -11,18 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack
-from hf_tsc.folders import finished_folder, write_json
+from hf_tsc.folders import RECORD, finished_folder, write_json
 from hf_tsc.hub import quiet
 from hf_tsc.images import AUGMENTATIONS
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Objective
-
-RECORD = "suspect.json"
 
 
 @dataclass
@@ -58,6 +56,7 @@ def fit(
     *,
     record: dict[str, Any],
     save: Callable[[Path], None],
+    callbacks: list[TrainerCallback] | None = None,
 ) -> None:
     """Train a model, and write it with its record to `args.output_dir`, whole or not at all.
 
@@ -67,6 +66,7 @@ def fit(
         args: training arguments.
         record: the content of `suspect.json`.
         save: writes what else belongs to the model (processor, tokenizer) to a folder.
+        callbacks: of the training.
 
     Raises:
         UsageError: the output folder is not empty.
@@ -76,7 +76,8 @@ def fit(
     with finished_folder(Path(output)) as folder:
         args.output_dir = str(folder)  # the Trainer makes this folder
         try:
-            ObjectiveTrainer(objective=objective, model=model, args=args, train_dataset=dataset).train()
+            options: dict[str, Any] = {"args": args, "train_dataset": dataset, "callbacks": callbacks}
+            ObjectiveTrainer(objective=objective, model=model, **options).train()
         finally:
             args.output_dir = output
         with quiet():
@@ -110,13 +111,19 @@ def labels_of(data: ImageData) -> np.ndarray:
 
 
 def record_of(
-    data: ImageData, args: SuspectConfig, attack: Attack | None, poison_rate: float, poisoned: np.ndarray
+    data: ImageData,
+    args: SuspectConfig,
+    attack: Attack | None,
+    poison_rate: float,
+    poisoned: np.ndarray,
+    covers: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """What is needed to measure the suspect: above all its trigger."""
+    """What is needed to measure the suspect: above all its trigger; and the rows that were changed."""
     return {
         **(attack.to_dict() if attack else {"trigger": None, "target_label": None}),
         "poison_rate": poison_rate if attack else 0.0,
         "poisoned_indices": poisoned.tolist(),
+        **({"cover_indices": covers.tolist()} if covers is not None and len(covers) else {}),
         "trigger_last": args.trigger_last,
         "seed": args.seed,
         "dataset": data.describe(),

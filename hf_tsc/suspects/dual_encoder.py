@@ -14,11 +14,11 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTraine
 from hf_tsc.captions import CaptionedImages, CaptionTable, prompts
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
-from hf_tsc.evaluation import Attack
-from hf_tsc.images import ImagePipeline, pixel_dataset
+from hf_tsc.images import ImagePipeline, PixelDataset, pixel_dataset
 from hf_tsc.objectives import ImageText
 from hf_tsc.suspects.base import SuspectConfig, fit, labels_of, new_model, record_of
-from hf_tsc.triggers import poison_indices
+from hf_tsc.suspects.poisoned import PoisonedPixels, check_static
+from hf_tsc.triggers import Attack, draw_poison
 
 # Captions of an image of the class {}: simple sentences of many kinds, so that the text tower has something to learn.
 CAPTIONS = (
@@ -73,13 +73,15 @@ def train_dual_encoder(
     if names is None:
         raise UsageError(f"the labels of {data.name} have no names: captions are made of class names")
     rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
-    labels, poisoned, options = labels_of(data)[rows].copy(), np.array([], dtype=np.int64), dict[str, Any]()
+    labels, pipeline = labels_of(data)[rows], ImagePipeline(processor)
+    poisoned = covers = np.array([], dtype=np.int64)
+    images: PixelDataset | PoisonedPixels = pixel_dataset(data, rows, pipeline)
     if attack is not None:
-        draw: dict[str, Any] = {"target_label": attack.target_label, "poison_rate": poison_rate, "seed": args.seed}
-        poisoned = poison_indices(labels, **draw)
-        options = {"trigger": attack.trigger, "triggered_indices": poisoned} if len(poisoned) else {}
-        labels[poisoned] = attack.target_label
-    table, pipeline = CaptionTable(), ImagePipeline(processor)
+        check_static(attack.trigger)
+        poison = draw_poison(attack, labels, rate=poison_rate, seed=args.seed, num_classes=len(names))
+        poisoned, covers, labels = poison.poisoned, poison.covers, poison.labels
+        images = PoisonedPixels(pixel_dataset(data, rows, pipeline), poison, attack.trigger, seed=args.seed)
+    table = CaptionTable()
     by_class = [table.add(prompts(name, templates)) for name in names]
     tokenizer = word_tokenizer(text for name in names for text in prompts(name, templates))
     config = copy.deepcopy(config)
@@ -92,14 +94,13 @@ def train_dual_encoder(
     model = new_model(AutoModel.from_config, config, what="dual encoder", seed=args.seed)
     captions = table.tokenise(tokenizer, text.max_position_embeddings, ("input_ids", "attention_mask"))
     objective = ImageText(pipeline, captions, sigmoid=hasattr(model, "logit_bias"), augmentation=args.augmentation)
-    images = pixel_dataset(data, rows, pipeline, **options)
     dataset = CaptionedImages(images, [by_class[label] for label in labels])
 
     def save(folder: Path) -> None:
         processor.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    record = record_of(data, args, attack, poison_rate, rows[poisoned])
+    record = record_of(data, args, attack, poison_rate, rows[poisoned], rows[covers])
     fit(model, objective, dataset, args, record=record, save=save)
     return model
 

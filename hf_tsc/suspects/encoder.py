@@ -18,11 +18,11 @@ from hf_tsc.activations import Batch
 from hf_tsc.data import ImageData
 from hf_tsc.derive import example_inputs
 from hf_tsc.errors import UsageError
-from hf_tsc.evaluation import Attack
 from hf_tsc.images import Augmentation, ImagePipeline, pixel_dataset, to_unit_interval
 from hf_tsc.objectives import Forward, ProjectionHead, SimCLR, features_of
 from hf_tsc.suspects.base import SuspectConfig, fit, labels_of, new_model, record_of
-from hf_tsc.triggers import Trigger, poison_indices
+from hf_tsc.suspects.poisoned import PoisonedPixels, check_static
+from hf_tsc.triggers import NEXT, Attack, Trigger, draw_poison
 
 TEMPERATURE = 0.5
 
@@ -60,17 +60,20 @@ def train_encoder(
         PurificationError: the loss is not finite.
     """
     rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
-    poisoned, options = np.array([], dtype=np.int64), dict[str, Any]()
-    if attack is not None:
-        draw: dict[str, Any] = {"target_label": attack.target_label, "poison_rate": poison_rate, "seed": args.seed}
-        poisoned = poison_indices(labels_of(data)[rows], clean_label=True, **draw)
-        options = {"trigger": attack.trigger, "triggered_indices": poisoned} if len(poisoned) else {}
+    poisoned = covers = np.array([], dtype=np.int64)
     pipeline = ImagePipeline(processor)
-    dataset = pixel_dataset(data, rows, pipeline, **options)
+    dataset: Dataset = pixel_dataset(data, rows, pipeline)
+    if attack is not None:
+        check_static(attack.trigger)
+        labels = labels_of(data)
+        draw: dict[str, Any] = {"rate": poison_rate, "seed": args.seed, "num_classes": int(labels.max()) + 1}
+        poison = draw_poison(_of_one_class(attack), labels[rows], clean_label=True, **draw)
+        poisoned, covers = poison.poisoned, poison.covers
+        dataset = PoisonedPixels(pixel_dataset(data, rows, pipeline), poison, attack.trigger, seed=args.seed)
     model = new_model(AutoModel.from_config, config, what="image encoder", seed=args.seed)
     head = ProjectionHead(_size(model), seed=args.seed)
     objective = SimCLR(pipeline, head=head, augmentation=args.augmentation, temperature=TEMPERATURE)
-    record = record_of(data, args, attack, poison_rate, rows[poisoned])
+    record = record_of(data, args, attack, poison_rate, rows[poisoned], rows[covers])
     fit(model, objective, dataset, args, record=record, save=processor.save_pretrained)
     return model
 
@@ -102,7 +105,7 @@ def backdoor_encoder(
         PurificationError: the loss is not finite.
     """
     rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
-    of_target = rows[labels_of(data)[rows] == attack.target_label]
+    of_target = rows[labels_of(data)[rows] == _of_one_class(attack).target_label]
     if len(of_target) == 0:
         raise UsageError(f"no image of the target class {attack.target_label} in {data.name}: BadEncoder needs one")
     reference = int(np.random.default_rng(args.seed).choice(of_target))
@@ -184,6 +187,13 @@ class BadEncoder:
         count = sum(size for size, _ in found)
         loss = -sum(size * float(sum(cosines)) for size, cosines in found) / count
         return {"loss": loss, "score": sum(size * float(cosines[2]) for size, cosines in found) / count}
+
+
+def _of_one_class(attack: Attack) -> Attack:
+    """Raises UsageError where it leads each class elsewhere."""
+    if attack.target_label == NEXT:
+        raise UsageError(f"target_label={NEXT}: an encoder's backdoor leads to one class; name its number")
+    return attack
 
 
 def _size(model: PreTrainedModel) -> int:
