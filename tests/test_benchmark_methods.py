@@ -8,10 +8,10 @@ from suspects_and_digits import classifier, processor, same
 from tiny import digits, spec, tensors
 
 from hf_tsc import tsc_trainer
-from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune
-from hf_tsc.benchmark import methods
 from hf_tsc.baselines import units
 from hf_tsc.baselines.base import Case
+from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune
+from hf_tsc.benchmark import methods
 from hf_tsc.benchmark.methods import METHODS
 from hf_tsc.benchmark.plan import METHODS as PLANNED_METHODS
 from hf_tsc.errors import PurificationError, UsageError
@@ -32,7 +32,7 @@ QUICK = {
     "mcr": TUNING,
     "nad": {**TUNING, "teacher_steps": 2},
     "fine_pruning": {**TUNING, "ratio": 0.3},
-    "anp": {"steps": 3, "batch_size": 8, "learning_rate": 50.0, "threshold": 0.5},
+    "anp": {"steps": 3, "batch_size": 8, "learning_rate": 1e4, "threshold": 0.5},
     "i_bau": {"rounds": 1, "batch_size": 12, "fixed_point_steps": 2},
 }
 TSC = {"curve_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 0.05, "stages": 2}

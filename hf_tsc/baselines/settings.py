@@ -11,7 +11,7 @@ from hf_tsc.errors import UsageError
 from hf_tsc.images import AUGMENTATIONS
 from hf_tsc.tsc_config import OBJECTIVES, TEACHER_ERRORS, TEACHER_VIEWS
 
-FOR_PARSER = ("help", "choices")  # what a parser takes of a field's metadata
+LIMITS = ("low", "high", "whole")  # of a field of numbers, in its metadata
 
 
 def number(default: Any, help: str, *, low: float = 0, high: float | None = None, whole: bool = False) -> Any:

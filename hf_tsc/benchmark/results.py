@@ -1,9 +1,9 @@
 """Tables and pictures of the lines that a benchmark left.
 
 A line holds the points of whole paths. What is shown of them is the point that the method takes: t* of TSC, 1 (plain)
-for fine-tuning and what goes back to the suspect on a line as well; and, as "within budget", the one farthest from the suspect that loses at most `MAX_DROP` of its
+for fine-tuning; and, as "within budget", the one farthest from the suspect that loses at most `MAX_DROP` of its
 accuracy on the held-out images, which needs no trigger: of a curve as `max_accuracy_drop` would choose it, of
-fine-tuning the largest share of the fine-tuned model (interpolated fine-tuning).
+fine-tuning the largest share of the fine-tuned model (interpolated fine-tuning), and so on for the other methods.
 """
 
 from __future__ import annotations
