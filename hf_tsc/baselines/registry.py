@@ -185,8 +185,8 @@ def settings_of(name: str, options: Mapping[str, Any], objectives: Sequence[str]
     Args:
         name: of `BASELINES`.
         options: those that differ from its defaults.
-        objectives: those that fit the model, the default first; it is taken where the method's own default does not
-            fit, with what goes with it.
+        objectives: those that fit the model. Where the method's own default is none of them, the first takes its
+            place that is no distillation, as the suspect answers like itself already; with what goes with it.
 
     Raises:
         UsageError: an unknown name, a wrong value.
@@ -196,7 +196,8 @@ def settings_of(name: str, options: Mapping[str, Any], objectives: Sequence[str]
     if unknown := sorted(set(options) - set(known)):
         raise UsageError(f"{name} has no setting(s) {', '.join(unknown)}: it knows {', '.join(known)}")
     if kind.objective not in objectives:
-        objective = options.get("objective", objectives[0])
+        learnt = [name for name in objectives if name != "distillation"]
+        objective = options.get("objective", learnt[0])
         fitting = {key: value for key, value in OBJECTIVE_DEFAULTS.get(objective, {}).items() if key in known}
         return kind(**{"objective": objective, **fitting, **options})
     return kind(**options)
