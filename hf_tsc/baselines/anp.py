@@ -155,6 +155,6 @@ def _drawn(masks: list[Tensor], epsilon: float, generator: torch.Generator) -> N
 
     def draw(like: Tensor) -> Tensor:
         drawn = epsilon * (2 * torch.rand(like.shape, generator=generator, dtype=torch.float64) - 1)
-        return drawn.to(like.device, like.dtype).requires_grad_(True)
+        return drawn.to(like.dtype).to(like.device).requires_grad_(True)
 
     return Noise([draw(mask) for mask in masks], [draw(mask) for mask in masks])

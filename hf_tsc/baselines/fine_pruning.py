@@ -108,7 +108,7 @@ def dormancy(weights: Params, layers: Sequence[Units], activations: Sequence[Ten
 
 def _norms(weight: Tensor, dim: int) -> Tensor:
     """(n,): the norm of each slice along an axis, in float64 on the CPU."""
-    return weight.detach().double().cpu().movedim(dim, 0).flatten(1).norm(dim=1)
+    return weight.detach().cpu().double().movedim(dim, 0).flatten(1).norm(dim=1)
 
 
 def chosen(order: Tensor, layers: Sequence[Units], ratio: float) -> list[Tensor]:

@@ -156,14 +156,14 @@ def prune(tensors: Params, pruned: Iterable[tuple[Units, Tensor]]) -> Params:
 
 @torch.no_grad()
 def mean_activations(model: nn.Module, layers: Sequence[Units], batches: Iterable[Batch]) -> list[Tensor]:
-    """Mean |activation| of each unit over all images and positions, (n,) for each layer of units, in float64."""
+    """Mean |activation| of each unit over all images and positions, (n,) float64 on the CPU for each layer."""
     sums = [torch.zeros(units.size, dtype=torch.float64) for units in layers]
     counts = [0] * len(layers)
 
     def reader(place: int) -> object:
         def read(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             activations = inputs[0].movedim(layers[place].channel, -1).flatten(0, -2)  # (m, n)
-            sums[place] += activations.abs().double().sum(0).cpu()
+            sums[place] += activations.abs().sum(0).cpu().double()
             counts[place] += len(activations)
 
         return read
