@@ -40,7 +40,8 @@ def _settings(baseline: Baseline) -> str:
     """Those of its own, and shared ones with a default of its own."""
     usual = {entry.name: _default(entry) for entry in fields(Training)}
     own = [(entry.name, _default(entry)) for entry in fields(baseline.settings)]
-    return ", ".join(f"`{name}` {_text(value)}" for name, value in own if name not in usual or value != usual[name])
+    shown = [f"`{name}` {_text(value)}" for name, value in own if name not in usual or value != usual[name]]
+    return ", ".join(shown) or "those below"
 
 
 def _default(entry: Field[Any]) -> Any:
