@@ -31,6 +31,9 @@ def check_settings(method: str, settings: dict[str, Any]) -> None:
     """Raises UsageError where a method would refuse its settings."""
     if method in BASELINES:
         settings_of(method, settings)
+        needed = ("steps", "learning_rate") if method == "fine_tuning" else ()  # no published ones suit all
+        if missing := [name for name in needed if name not in settings]:
+            raise UsageError(f"{method} needs the setting(s) {', '.join(missing)}")
         return
     options = dict(settings)
     if (permutation := options.pop("permutation", PERMUTATIONS[0])) not in PERMUTATIONS:
