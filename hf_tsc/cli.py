@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 
 from hf_tsc import __version__
 from hf_tsc.architectures.table import as_text, read_table
+from hf_tsc.baselines.registry import BASELINES
 from hf_tsc.benchmark.estimate import estimate_seconds
 from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import read_lines
@@ -30,6 +31,7 @@ from hf_tsc.benchmark.runner import cells_to_run, check_processes, lines_of, run
 from hf_tsc.cli_arguments import (
     POISON_RATES,
     AttackArguments,
+    BaselineArguments,
     BenchmarkArguments,
     DemoArguments,
     EvaluateArguments,
@@ -43,6 +45,7 @@ from hf_tsc.cli_arguments import (
     TaskArguments,
     command_parser,
     given_options,
+    method_of,
     parse,
 )
 from hf_tsc.data import ImageData
@@ -138,11 +141,20 @@ def _usage() -> str:
 
 def purify_command(argv: Sequence[str]) -> int | None:
     """Purify models of images, write the results to folders, and push them to the Hub."""
-    types = (ModelArguments, DataArguments, PurifyArguments, PushArguments, AttackArguments, TaskArguments, TSCConfig)
+    method = method_of(argv)
+    own = (TSCConfig,) if method == "tsc" else (BaselineArguments, BASELINES[method].settings)
+    common = (ModelArguments, DataArguments, PurifyArguments, PushArguments, AttackArguments, TaskArguments)
+    types: tuple[type, ...] = (*common, *own)
     parser = command_parser(
         "purify", types, positional="MODEL", several=True, help="repo ids on the Hub, or folders (./x)"
     )
-    model_args, data_args, args, push_args, attack_args, task_args, config, rest = parse(parser, argv)
+    known = sorted({entry.name for one in own for entry in fields(one)})
+    advice = "no option of this command" if method == "tsc" else f"{method} knows --{', --'.join(known)}"
+    model_args, data_args, args, push_args, attack_args, task_args, config, *_, rest = parse(
+        parser, argv, advice=advice
+    )
+    if method != "tsc" and (args.accelerate_config is not None or args.num_processes is not None):
+        raise UsageError(f"method {method} trains in one process: leave out --accelerate_config and --num_processes")
     if args.accelerate_config is not None:
         return launch(args.accelerate_config, ["purify", *argv], processes=args.num_processes)
     if args.num_processes is not None:
@@ -150,7 +162,7 @@ def purify_command(argv: Sequence[str]) -> int | None:
     check_world_size()
     with together():
         given, push = given_options(parser, argv), push_args.options()
-        overrides = {k: v for k, v in given.items() if k in TSCConfig.__dataclass_fields__ and k != "output_dir"}
+        overrides = {k: v for k, v in given.items() if k in known and k != "output_dir"}
         models = [*rest.model, *(read_models(Path(args.from_file)) if args.from_file else [])]
         if not models:
             raise UsageError("MODEL is missing: name repo ids or folders, or a file of them with --from_file")
@@ -164,6 +176,7 @@ def purify_command(argv: Sequence[str]) -> int | None:
             model_args.access(),
             overrides,
             args.preset,
+            method,
             args.budget,
             args.held_out,
             task_args.options(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
+from hf_tsc.baseline_run import METHODS, SHARED
+from hf_tsc.baselines.settings import LIMITS
 from hf_tsc.captions import TEMPLATES
 from hf_tsc.demo import DEMO_MODELS
 from hf_tsc.errors import UsageError
@@ -109,6 +112,13 @@ class PurifyArguments:
     preset: str = field(
         default="default", metadata={"help": "Hyper-parameters to start from.", "choices": list(PRESETS)}
     )
+    method: str = field(
+        default="tsc",
+        metadata={
+            "help": "What to purify by; a method other than tsc has options of its own, see `--method NAME --help`.",
+            "choices": list(METHODS),
+        },
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of an interrupted run."})
     accelerate_config: str | None = field(
         default=None,
@@ -122,6 +132,15 @@ class PurifyArguments:
     dry_run: bool = field(
         default=False, metadata={"help": "Say what would be pulled and done, and what it would take; no weights."}
     )
+
+
+@dataclass
+class BaselineArguments:
+    """What all methods besides tsc share."""
+
+    output_dir: str = field(default="", metadata={"help": "Folder for the purified model."})
+    seed: int = field(default=SHARED["seed"], metadata={"help": "Seed of everything that is drawn."})
+    use_cpu: bool = field(default=False, metadata={"help": "Work on the CPU, whatever there is."})
 
 
 @dataclass
@@ -272,7 +291,9 @@ class _Parser(HfArgumentParser):
             names = [f"--{name}" for name in dict.fromkeys((field.name, field.name.replace("_", "-")))]
             parser.add_argument(*names, action="store_true", help=field.metadata["help"])
         else:
-            HfArgumentParser._parse_dataclass_field(parser, field)
+            shown = copy.copy(field)  # the settings of baselines also keep their limits there
+            shown.metadata = {key: value for key, value in field.metadata.items() if key not in LIMITS}
+            HfArgumentParser._parse_dataclass_field(parser, shown)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; `{self.prog} --help` lists the options")
@@ -295,19 +316,32 @@ def command_parser(
     return parser
 
 
-def parse(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, ...]:
-    """Parsed dataclasses, and the positional argument last; what `TrainingArguments` refuses is a usage error."""
+def parse(
+    parser: HfArgumentParser, argv: Sequence[str], *, advice: str = "no option of this command"
+) -> tuple[Any, ...]:
+    """Parsed dataclasses, and the positional argument last; what `TrainingArguments` refuses is a usage error.
+
+    `advice` is said of an option that is unknown.
+    """
     try:
         *parsed, unused = parser.parse_args_into_dataclasses(
             args=list(argv), look_for_args_file=False, return_remaining_strings=True
         )
         if unused:
             unknown = unused[0].startswith("-")
-            advice = "no option of this command" if unknown else "put what is no option before all options"
-            parser.error(f"{' '.join(unused)}: {advice}")
+            where = "put what is no option before all options"
+            parser.error(f"{' '.join(unused)}: {advice if unknown else where}")
         return tuple(parsed)
     except (ValueError, ImportError) as error:
         raise UsageError(str(error).splitlines()[0]) from error
+
+
+def method_of(argv: Sequence[str]) -> str:
+    """The method that a command line names: its options depend on it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--method", default="tsc", nargs="?")
+    found = parser.parse_known_args(list(argv))[0].method
+    return found if found in METHODS else "tsc"
 
 
 def given_options(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_tsc.baseline_run import BaselineRun, check_method
+from hf_tsc.baselines.registry import BASELINES
 from hf_tsc.derive import example_inputs
 from hf_tsc.hub import Source, list_repo, quiet, resolve_model
 from hf_tsc.hub.folder import no_weights
@@ -47,6 +49,7 @@ class DryRun:
         memory_gb, free_memory_gb: estimated for weights and activations; free on this machine now.
         minutes: estimated, on this machine as it is now.
         arguments: of the configuration, by name.
+        method: that would be used; a baseline has no spaces, and its steps are gradient evaluations.
         notes: what was seen while listing.
     """
 
@@ -65,21 +68,19 @@ class DryRun:
     minutes: float
     arguments: dict[str, Any]
     notes: tuple[str, ...] = ()
+    method: str = "tsc"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:
         """For a reader."""
-        spaces = ", ".join(f"{count} {kind}" for kind, count in sorted(self.spaces.items()))
-        stages, rounds = self.arguments["stages"], self.arguments["rounds"]
+        train, held_out = self.images
         return [
             ("model", self.model + (f" at commit {self.revision}" if self.revision else "")),
             ("kind", f"{self.kind}: {self.architecture}, {self.parameters:,} weights"),
             ("to pull", f"{self.files} files, {self.weight_bytes / 1e6:,.1f} MB of them weights"),
-            ("spaces", f"{sum(self.spaces.values())} ({spaces})"),
-            ("clean images", f"{self.images[0]:,} to train on, {self.images[1]:,} held out"),
-            ("steps", f"{self.steps[0]:,} of {self.steps[1]} images, in {rounds} round(s) of {stages} curve(s)"),
+            *self._rows_of_the_method(("clean images", f"{train:,} to train on, {held_out:,} held out")),
             ("objective", str(self.arguments["objective"])),
             (
                 "memory",
@@ -87,6 +88,18 @@ class DryRun:
             ),
             ("time", f"about {self.minutes:.0f} minutes here" if self.minutes >= 1 else "less than a minute here"),
             *(("note", note) for note in self.notes),
+        ]
+
+    def _rows_of_the_method(self, images: tuple[str, str]) -> list[tuple[str, str]]:
+        if self.method != "tsc":
+            steps = f"{self.steps[0]:,} gradient evaluations of {self.steps[1]} images"
+            return [("method", BASELINES[self.method].title), images, ("steps", steps)]
+        spaces = ", ".join(f"{count} {kind}" for kind, count in sorted(self.spaces.items()))
+        stages, rounds = self.arguments["stages"], self.arguments["rounds"]
+        return [
+            ("spaces", f"{sum(self.spaces.values())} ({spaces})"),
+            images,
+            ("steps", f"{self.steps[0]:,} of {self.steps[1]} images, in {rounds} round(s) of {stages} curve(s)"),
         ]
 
 
@@ -100,19 +113,27 @@ def dry_run(model: str, order: Order) -> DryRun:
     task = task_of(source)
     suspect = _without_weights(source, task.auto_class, weight_bytes)
     task.check_model(suspect, source)
-    config = config_for(suspect, task, order.arguments, order.preset)
+    check_method(order.method, order.arguments, preset=order.preset, resume=False)
+    baseline = None if order.method == "tsc" else BaselineRun.of(order.method, suspect, task, order.arguments)
+    config = config_for(suspect, task, order.arguments, order.preset) if baseline is None else baseline.config
     asked: dict[str, Any] = {"budget": order.budget, "held_out": order.held_out, "options": order.options}
     job = Job.prepare(task, source, suspect, order.data, config, **asked)
     Measures.prepare(job, order.test, order.attack)
     subset = job.work.subset
     train, kept = len(subset.train), len(subset.held_out)
-    steps = config.segment_steps(train) * config.stages * config.rounds
+    if baseline is None:
+        steps = config.segment_steps(train) * config.stages * config.rounds
+        arguments, measured = reported_arguments(config), config.stages * config.rounds * (config.sweep_points + 2)
+        spec = spec_of(suspect, example_inputs(suspect))
+        spaces: dict[str, int] = dict(Counter(str(space.kind) for space in spec.spaces.values()))
+    else:
+        steps, arguments, measured = baseline.settings.gradient_evaluations(train), asdict(baseline.settings), 2
+        spaces = {}
     parameters = sum(parameter.numel() for parameter in suspect.parameters())
     batch = config.train_batch_size
     seconds, activations = _probe(suspect, _inputs(job, subset.train[: min(batch, PROBE_IMAGES)]))
     copies = COPIES + MOMENTS.get(str(getattr(config.optim, "value", config.optim)), 2)
     memory = 4 * parameters * copies + activations * max(batch, config.statistics_batch_size // 2)
-    spec = spec_of(suspect, example_inputs(suspect))
     return DryRun(
         model=source.name,
         revision=source.revision,
@@ -121,14 +142,15 @@ def dry_run(model: str, order: Order) -> DryRun:
         kind=task.kind,
         architecture=type(suspect).__name__,
         parameters=parameters,
-        spaces=dict(Counter(space.kind for space in spec.spaces.values())),
+        spaces=spaces,
         images=(train, kept),
         steps=(steps, batch),
         memory_gb=round(memory / 1e9, 2),
         free_memory_gb=round(psutil.virtual_memory().available / 1e9, 2),
-        minutes=round(seconds * _images(config, steps, train, kept) / 60, 2),
-        arguments=reported_arguments(config),
+        minutes=round(seconds * _images(config, steps, measured * (train + kept)) / 60, 2),
+        arguments=arguments,
         notes=source.notes,
+        method=order.method,
     )
 
 
@@ -189,10 +211,11 @@ def _probe(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[float, in
     return min(seconds) / images, sum(saved.values()) // images
 
 
-def _images(config: TSCConfig, steps: int, train: int, held_out: int) -> float:
-    """How many images are trained on, in passes forward and backward; forward ones count by their share."""
+def _images(config: TSCConfig, steps: int, measured: int) -> float:
+    """How many images are trained on, in passes forward and backward; forward ones count by their share.
+
+    `measured` are passes forward alone.
+    """
     trained = steps * config.train_batch_size * config.gradient_accumulation_steps
     teacher = FORWARD_SHARE if config.objective == "distillation" else 0.0
-    curves = config.stages * config.rounds
-    measured = curves * (config.sweep_points + 2) * (train + held_out)
     return trained * (1 + teacher) + FORWARD_SHARE * measured

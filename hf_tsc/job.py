@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -17,6 +19,7 @@ from hf_tsc.evaluation import Attack
 from hf_tsc.functional import tensors_of
 from hf_tsc.hub import Source, load_image_processor
 from hf_tsc.images import ImagePipeline, pixel_dataset
+from hf_tsc.permutation import Params
 from hf_tsc.tasks import Measure, Options, Task, Work
 from hf_tsc.tsc_config import TSCConfig
 from hf_tsc.tsc_trainer import TSCTrainer
@@ -116,6 +119,29 @@ class Job:
 
 
 @dataclass(frozen=True)
+class OwnScore:
+    """The score of what a model is trained for, on the held-out images.
+
+    Attributes:
+        device: where models are measured.
+        name: of the score.
+        images: how many are held out.
+        score: of a model's parameters and buffers, a fraction.
+    """
+
+    device: torch.device
+    name: str
+    images: int
+    score: Callable[[Params], float]
+
+    @classmethod
+    def of_trainer(cls, trainer: TSCTrainer) -> OwnScore:
+        images = len(trainer.eval_dataset)  # type: ignore[arg-type]
+        name, device = trainer.objective.score_name, trainer.args.device
+        return cls(device, name, images, lambda tensors: trainer.measure(tensors)["score"])
+
+
+@dataclass(frozen=True)
 class Measures:
     """Measures a model on the held-out images, and on a test set where there is one."""
 
@@ -137,14 +163,11 @@ class Measures:
                 raise UsageError(f"{test.name} has no labels: expected labelled images, to measure accuracy on them")
         return cls({place: measure for place, measure in places.items() if measure is not None})
 
-    def __call__(self, trainer: TSCTrainer, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    def __call__(self, own: OwnScore, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         """By place; on the held-out images also the objective's own score, where no accuracy says the same."""
-        device = trainer.args.device
-        found = {place: measure.measure(model.eval(), device=device) for place, measure in self.by_place.items()}
-        name = trainer.objective.score_name
-        if name not in found.get("held_out", {}):
-            score = trainer.measure(tensors_of(model))["score"]
-            held_out = {"n": len(trainer.eval_dataset), name: score}  # type: ignore[arg-type]
+        found = {place: measure.measure(model.eval(), device=own.device) for place, measure in self.by_place.items()}
+        if own.name not in found.get("held_out", {}):
+            held_out = {"n": own.images, own.name: own.score(tensors_of(model))}
             found = {"held_out": {**found.get("held_out", {}), **held_out}} | {
                 place: measured for place, measured in found.items() if place != "held_out"
             }

@@ -112,7 +112,7 @@ class Order:
 
     Attributes:
         access: how the models are got.
-        arguments: those of `TSCConfig` that are given.
+        arguments: those of `TSCConfig`, or of a baseline's settings, that are given.
         push: where to; `{name}` in the repo id stands for a model's own name.
     """
 
@@ -120,6 +120,7 @@ class Order:
     access: Access = Access()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     preset: str = "default"
+    method: str = "tsc"
     budget: str = "5%"
     held_out: float = 0.2
     options: Options = field(default_factory=Options)
@@ -150,6 +151,7 @@ class Order:
             folder,
             config=self.arguments,
             preset=self.preset,
+            method=self.method,
             budget=self.budget,
             held_out=self.held_out,
             options=self.options,
@@ -187,7 +189,9 @@ class Order:
 
     def request(self) -> dict[str, Any]:
         """What decides whether a result is the one that is asked for."""
-        asked = request_of(self.arguments, self.preset, self.budget, self.held_out, self.options, self.test)
+        asked = request_of(
+            self.arguments, self.preset, self.budget, self.held_out, self.options, self.test, self.method
+        )
         attack = self.attack.to_dict() if self.attack else None
         return {**asked, "attack": attack, "images": self.data.describe()}
 

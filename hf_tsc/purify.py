@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from hf_tsc.baseline_run import BaselineRun, check_method
 from hf_tsc.data import ImageData
 from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
 from hf_tsc.evaluation import Attack
@@ -25,7 +26,7 @@ from hf_tsc.folders import (
 )
 from hf_tsc.hub import Source, declared_license, load_model, quiet, resolve_model
 from hf_tsc.hub.folder import kept
-from hf_tsc.job import Job, Measures, as_image_data
+from hf_tsc.job import Job, Measures, OwnScore, as_image_data
 from hf_tsc.processes import (
     is_main_process,
     meet_processes,
@@ -49,6 +50,7 @@ def purify(
     *,
     config: TSCConfig | Mapping[str, Any] | None = None,
     preset: str = "default",
+    method: str = "tsc",
     budget: str | int | float = "5%",
     held_out: float = 0.2,
     test: ImageData | Dataset | None = None,
@@ -74,6 +76,8 @@ def purify(
         config: hyper-parameters, or a mapping of those that shall differ from the defaults for the model's family
             (`TSCConfig.for_model`). `output_dir` is set here.
         preset: what a mapping's fields differ from instead: `paper` for the published settings.
+        method: `tsc`, or a baseline to compare with (docs/baselines.md). A baseline's `config` is a mapping of its own
+            settings, of `seed` and of `use_cpu`; it trains in one process and leaves no checkpoints.
         budget: how many clean images to use: a count, or a share such as `"5%"` or `0.05`.
         held_out: share of them kept from training and matching, for measuring and for choosing t*.
         test: further labelled images, to measure on before and after.
@@ -88,7 +92,8 @@ def purify(
         The report, as written to `output_dir/tsc_report.json`.
 
     Raises:
-        UsageError: wrong input (see the message), or processes that would train alone; nothing is written.
+        UsageError: wrong input (see the message), a method that does not fit the model, or processes that would train
+            alone; nothing is written.
         PurificationError: a loss is not finite, or the spec does not verify; nothing is written.
         AccuracyBudgetError: `max_accuracy_drop` could not be kept; nothing is written to `output_dir`.
         HfTscError: the model could not be got from the Hub; nothing is written.
@@ -97,6 +102,7 @@ def purify(
     given = None if isinstance(config, TSCConfig) else dict(config or {})
     meet_processes(use_cpu=bool(given and given.get("use_cpu")))
     with together():
+        check_method(method, config, preset=preset, resume=resume)
         check_output(output)
         source = (
             model if isinstance(model, Source) else resolve_model(model, revision=revision, local=local, token=token)
@@ -105,25 +111,31 @@ def purify(
         suspect, dtype = load_model(source, auto_class=kind.auto_class)
         kind.check_model(suspect, source)
         options, test = options or Options(), None if test is None else as_image_data(test)
-        config = config_for(suspect, kind, config, preset)
+        baseline = None if method == "tsc" else BaselineRun.of(method, suspect, kind, given or {})
+        config = config_for(suspect, kind, config, preset) if baseline is None else baseline.config
         data = as_image_data(dataset)
         prepared: dict[str, Any] = {"budget": budget, "held_out": held_out, "options": options}
         job = Job.prepare(kind, source, suspect, data, config, **prepared)
         measures = Measures.prepare(job, test, attack)
+    facts: dict[str, Any] = {
+        "attack": attack.to_dict() if attack else None,
+        "notes": [*source.notes, *data.notes, *job.task.notes],
+        "request": None if given is None else request_of(given, preset, budget, held_out, options, test, method),
+    }
+    if baseline is not None:
+        own = baseline.prepare(job)
+        facts["before"] = measures(own, _to(suspect, own.device))
+        purified = baseline.run()
+        return _write_result(output, purified, dtype, job, measures, own, baseline, started=started, **facts)
     with _work_folder(output, job, config, resume=resume) as checkpoint:
         with together():
             trainer = _trainer(job, measures, config)
-        before = on_main_process(lambda: measures(trainer, _to(suspect, config.device)))
+        own = OwnScore.of_trainer(trainer)
+        facts["before"] = on_main_process(lambda: measures(own, _to(suspect, config.device)))
         trainer.train(resume_from_checkpoint=checkpoint)
         purified = trainer.purified_model()
-        facts: dict[str, Any] = {
-            "before": before,
-            "attack": attack.to_dict() if attack else None,
-            "notes": [*source.notes, *data.notes, *job.task.notes],
-            "request": None if given is None else request_of(given, preset, budget, held_out, options, test),
-        }
         return on_main_process(
-            lambda: _write_result(output, purified, dtype, job, measures, trainer, started=started, **facts)
+            lambda: _write_result(output, purified, dtype, job, measures, own, trainer, started=started, **facts)
         )
 
 
@@ -133,7 +145,8 @@ def _write_result(
     dtype: torch.dtype,
     job: Job,
     measures: Measures,
-    trainer: TSCTrainer,
+    own: OwnScore,
+    trainer: TSCTrainer | BaselineRun,
     *,
     started: float,
     **facts: Any,
@@ -144,7 +157,7 @@ def _write_result(
         _save_model(model, dtype, job, folder)
         saved = resolve_model(str(folder), local=True)
         purified, _ = load_model(saved, auto_class=kind.auto_class)
-        after = measures(trainer, _to(purified, trainer.args.device))
+        after = measures(own, _to(purified, own.device))
         report = trainer.report(
             suspect=_describe_suspect(job.source, job.model, dtype),
             dataset=job.describe(),
@@ -176,6 +189,7 @@ def request_of(
     held_out: float,
     options: Options,
     test: ImageData | None,
+    method: str = "tsc",
 ) -> dict[str, Any]:
     """What is asked for and has an effect on what comes of it, as the report keeps it."""
     effective = {k: v for k, v in arguments.items() if k not in NOT_REPORTED and not k.startswith(WITHOUT_EFFECT)}
@@ -188,6 +202,7 @@ def request_of(
         "templates": None if options.templates == usual.templates else list(options.templates),
         "probe_images": None if options.probe_images == usual.probe_images else options.probe_images,
         "test": test.describe() if test else None,
+        **({} if method == "tsc" else {"method": method}),
     }
 
 

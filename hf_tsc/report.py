@@ -52,9 +52,9 @@ class PurificationReport:
     Attributes:
         suspect: repo id and commit, or None for a local folder; architecture; sha256 of the weight files.
         dataset: what identifies it; indices of the clean subset and of its held-out part.
-        spec: summary of the permutation spec and what the gate measured.
+        spec: summary of the permutation spec and what the gate measured; empty for a baseline.
         arguments: the hyper-parameters.
-        curves: one `CurveResult` (as a dict) a curve.
+        curves: one `CurveResult` (as a dict) a curve; none for a baseline.
         before, after: measures by place: `held_out` (always), `test` (where a test set was given). Fractions.
         score_name: `accuracy`, or `agreement` (with the suspect's answers) where there are no labels.
         attack: trigger and target label, where one was given to measure with.
@@ -66,6 +66,8 @@ class PurificationReport:
         request: what `purify` was asked for, as far as it is no matter of defaults: `budget`, `held_out`, `preset`,
             `arguments`, `templates` and `probe_images` (None for the usual ones), `test` (images); None where it was
             not `purify`.
+        method: of a baseline: its `name`, what it is called and does (`title`, `does`, `chosen`), its paper, and the
+            `paths` that it left with the points `taken`; None for TSC.
     """
 
     suspect: dict[str, Any]
@@ -89,14 +91,16 @@ class PurificationReport:
         }
     )
     request: dict[str, Any] | None = None
+    method: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def write(self, folder: Path, curves: Sequence[CurveResult]) -> None:
-        """Report, plot and card, beside the model."""
+        """Report, plot of the curves, if there are any, and card, beside the model."""
         write_json(folder / REPORT_FILE, self.to_dict())
-        plot_curves(curves, score_name=self.score_name).savefig(folder / PLOT_FILE, dpi=120)
+        if self.method is None:
+            plot_curves(curves, score_name=self.score_name).savefig(folder / PLOT_FILE, dpi=120)
         self.card().save(folder / CARD_FILE)
 
     @property
@@ -143,10 +147,11 @@ class PurificationReport:
             known["datasets"] = [plain(self.dataset["name"])]
         if results := self._eval_results():
             known |= {"model_name": name, "eval_results": results}
+        paper = PAPER["id"] if self.method is None else self.method["paper"]
         return ModelCardData(
             library_name="transformers",
             pipeline_tag=self.task["pipeline_tag"],
-            tags=["hf-tsc", "backdoor-purification", f"arxiv:{PAPER['id']}"],
+            tags=["hf-tsc", "backdoor-purification", *([f"arxiv:{paper}"] if paper else [])],
             **known,
         )
 
@@ -171,7 +176,9 @@ class PurificationReport:
         ]
 
     def _settings(self) -> list[tuple[str, str]]:
-        """The hyper-parameters that a reader will look for and that had an effect, by name."""
+        """The hyper-parameters that a reader will look for and that had an effect, by name; all of a baseline."""
+        if self.method is not None:
+            return [(name, str(value)) for name, value in self.arguments.items() if value is not None]
         unused = {name for name in SETTINGS if self.arguments.get(name) is None}
         unused |= {"curve2_window", "curve2_t"} if self.arguments.get("stages") == 1 else set()
         unused |= {"curve_epochs"} if self.arguments.get("curve_steps", 0) > 0 else {"curve_steps"}
@@ -192,7 +199,7 @@ class PurificationReport:
         if self.request is None or self.dataset.get("place") not in ("hub", "folder"):
             return None
         dataset = str(self.dataset["name"])
-        options: dict[str, Any] = {"revision": self.suspect["revision"]}
+        options: dict[str, Any] = {"method": self.request.get("method"), "revision": self.suspect["revision"]}
         options["dataset_name"] = dataset if self.dataset["place"] == "hub" else f"./{dataset}"
         for ours, theirs in DATASET_OPTIONS.items():
             options[ours] = self.dataset.get(theirs)

@@ -8,9 +8,11 @@ from suspects_and_digits import classifier, processor, same
 from tiny import digits, spec, tensors
 
 from hf_tsc import tsc_trainer
+from hf_tsc.baselines import units
+from hf_tsc.baselines.base import Case
 from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune
 from hf_tsc.benchmark import methods
-from hf_tsc.benchmark.methods import METHODS, Case
+from hf_tsc.benchmark.methods import METHODS
 from hf_tsc.benchmark.plan import METHODS as PLANNED_METHODS
 from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.functional import call_at
@@ -22,6 +24,17 @@ from hf_tsc.tsc_trainer import TSCTrainer
 FAMILIES = ("resnet", "vit")
 TRAIN, HELD_OUT = digits(0, 24), digits(24, 36)
 TUNING = {"steps": 2, "learning_rate": 0.05, "batch_size": 8}
+QUICK = {
+    "fine_tuning": TUNING,
+    "wise_ft": TUNING,
+    "ft_sam": TUNING,
+    "fst": TUNING,
+    "mcr": TUNING,
+    "nad": {**TUNING, "teacher_steps": 2},
+    "fine_pruning": {**TUNING, "ratio": 0.3},
+    "anp": {"steps": 3, "batch_size": 8, "learning_rate": 1e4, "threshold": 0.5},
+    "i_bau": {"rounds": 1, "batch_size": 12, "fixed_point_steps": 2},
+}
 TSC = {"curve_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 0.05, "stages": 2}
 
 
@@ -37,7 +50,8 @@ def nothing_to_collect():
 def derived_once():
     """The specs of these models; each trainer still verifies its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tsc_trainer, "spec_of", lambda model, inputs: spec(model.config.model_type))
+        for module in (tsc_trainer, units):
+            patch.setattr(module, "spec_of", lambda model, inputs: spec(model.config.model_type))
         yield
 
 
@@ -60,8 +74,7 @@ class Visited(list):
 
 def run(method: str, on: Case, **settings):
     visited = Visited()
-    plain = TUNING if method == "fine_tuning" else TSC
-    outcome = METHODS[method](on, {**plain, **settings}, visited)
+    outcome = METHODS[method](on, {**QUICK.get(method, TSC), **settings}, visited)
     return visited, outcome
 
 

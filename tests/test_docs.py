@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_tsc import cli
+from hf_tsc.baselines.registry import BASELINES
 from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.benchmark.plan import Plan
 from hf_tsc.benchmark.results import tables
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT / "recipes"))
 demo_docs = pytest.importorskip("demo_docs")
+baseline_docs = pytest.importorskip("baseline_docs")
 symmetry_docs = pytest.importorskip("symmetry_docs")
 
 
@@ -82,6 +84,12 @@ def test_the_tables_of_the_symmetry_page_are_those_of_the_files():
     page = (ROOT / "docs/symmetry.md").read_text(encoding="utf-8")
     assert page.count("|---") > 3
     assert symmetry_docs.with_tables(page) == page
+
+
+def test_the_table_of_the_baselines_is_that_of_the_code():
+    page = (ROOT / "docs/baselines.md").read_text(encoding="utf-8")
+    assert baseline_docs.with_table(page) == page
+    assert all(f"| `{name}` |" in page for name in BASELINES)
 
 
 def test_measured_times_are_within_their_targets():

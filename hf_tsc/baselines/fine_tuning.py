@@ -4,99 +4,61 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_tsc.activations import Batch
+from hf_tsc.baselines.base import Case, Visit
+from hf_tsc.baselines.settings import Training, number
 from hf_tsc.batch_norm import recompute_statistics
-from hf_tsc.errors import UsageError
 from hf_tsc.functional import tensors_of
-from hf_tsc.images import AUGMENTATIONS, PixelDataset
+from hf_tsc.images import PixelDataset
 from hf_tsc.objective_trainer import ObjectiveTrainer
-from hf_tsc.objectives import ImageClassification, Objective
+from hf_tsc.objectives import Objective
 from hf_tsc.permutation import Params
-from hf_tsc.tsc_config import OBJECTIVES, PAIRWISE, TEACHER_ERRORS, TEACHER_VIEWS
+from hf_tsc.tsc_config import PAIRWISE
 
 
-@dataclass(frozen=True)
-class FineTuning:
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(Training):
     """How to fine-tune; names and meanings as in `TSCConfig`, with as many images a step as `batch_size`."""
 
-    steps: int
-    learning_rate: float
-    batch_size: int = 64
-    optim: str = "sgd"
-    optim_args: str | None = "momentum=0.9"
-    lr_scheduler_type: str = "cosine"
-    weight_decay: float = 0.0
-    objective: str = "cross_entropy"
-    temperature: float = 2.0
-    teacher_view: str = "same"
-    teacher_errors: str = "keep"
-    mixup_alpha: float = 0.0
-    augmentation: str = "none"
 
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise UsageError(f"objective={self.objective!r}: expected one of {', '.join(OBJECTIVES)}")
-        if self.teacher_view not in TEACHER_VIEWS:
-            raise UsageError(f"teacher_view={self.teacher_view!r}: expected one of {', '.join(TEACHER_VIEWS)}")
-        if self.teacher_errors not in TEACHER_ERRORS:
-            raise UsageError(f"teacher_errors={self.teacher_errors!r}: expected one of {', '.join(TEACHER_ERRORS)}")
-        if self.augmentation not in AUGMENTATIONS:
-            raise UsageError(f"augmentation={self.augmentation!r}: expected one of {', '.join(AUGMENTATIONS)}")
-        for name in ("steps", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)!r}: expected a whole number of 1 or more")
-        for name in ("learning_rate", "weight_decay", "temperature", "mixup_alpha"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value >= 0:
-                raise UsageError(f"{name}={value!r}: expected a number of 0 or more")
-
-
-def fine_tune(
-    suspect: PreTrainedModel,
-    dataset: PixelDataset,
-    settings: FineTuning,
+def train(
+    model: nn.Module,
+    dataset: Any,
+    settings: Training,
     *,
+    objective: Objective,
     seed: int,
-    objective: Objective | None = None,
     use_cpu: bool = False,
-) -> PreTrainedModel:
-    """Train a model on, from where it is.
+    trainer: Callable[..., ObjectiveTrainer] = ObjectiveTrainer,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
+    """Train a network in place.
 
     Args:
-        suspect: is copied and not changed; it also teaches, where `settings.objective` is `distillation`.
+        model: what is trained.
         dataset: the images to train on.
         settings: how.
+        objective: what for.
         seed: of order and augmentation.
-        objective: of models that are no classifiers; by default classification, as the settings say.
         use_cpu: train on the CPU, whatever there is.
-
-    Returns:
-        The fine-tuned model in eval mode.
+        trainer: makes the trainer.
+        callbacks: of the trainer.
 
     Raises:
         PurificationError: the loss is not finite.
     """
-    model = copy.deepcopy(suspect).requires_grad_(True)
-    if objective is None:
-        objective = ImageClassification(
-            dataset.pipeline,
-            augmentation=settings.augmentation,
-            teacher=suspect if settings.objective == "distillation" else None,
-            temperature=settings.temperature,
-            mixup_alpha=settings.mixup_alpha,
-            teacher_view=settings.teacher_view,
-            teacher_errors=settings.teacher_errors,
-        )
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
-            max_steps=settings.steps,
+            max_steps=settings.number_of_steps(len(dataset)),
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.lr_scheduler_type,
             optim=settings.optim,
@@ -114,7 +76,41 @@ def fine_tune(
             seed=seed,
             use_cpu=use_cpu,
         )
-        ObjectiveTrainer(objective=objective, model=model, args=args, train_dataset=dataset).train()
+        args._n_gpu = min(args.n_gpu, 1)  # a process has one device; the Trainer would wrap several in DataParallel
+        made = trainer(objective=objective, model=model, args=args, train_dataset=dataset, callbacks=list(callbacks))
+        made.train()
+
+
+def fine_tune(
+    suspect: PreTrainedModel,
+    dataset: PixelDataset,
+    settings: Training,
+    *,
+    seed: int,
+    objective: Objective | None = None,
+    use_cpu: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """Train a model on, from where it is.
+
+    Args:
+        suspect: is copied and not changed; it also teaches, where `settings.objective` is `distillation`.
+        dataset: the images to train on.
+        settings: how.
+        seed: of order and augmentation.
+        objective: of models that are no classifiers; by default classification, as the settings say.
+        use_cpu: train on the CPU, whatever there is.
+        options: further ones of `train`.
+
+    Returns:
+        The fine-tuned model in eval mode.
+
+    Raises:
+        PurificationError: the loss is not finite.
+    """
+    model = copy.deepcopy(suspect).requires_grad_(True)
+    chosen = Case(suspect, None, dataset, None, seed).objective_of(settings) if objective is None else objective
+    train(model, dataset, settings, objective=chosen, seed=seed, use_cpu=use_cpu, **options)
     return model.eval()
 
 
@@ -135,3 +131,56 @@ def interpolate(suspect: PreTrainedModel, tuned: PreTrainedModel, alpha: float, 
     start, end = dict(suspect.named_parameters()), dict(tuned.named_parameters())
     params = {name: torch.lerp(start[name], end[name], alpha) for name in start}
     return {**params, **recompute_statistics(suspect, params, batches, dict(suspect.named_buffers()))}
+
+
+def tune(case: Case, settings: Training, objective: Objective, **options: Any) -> PreTrainedModel:
+    """`fine_tune` a case's suspect on its training images."""
+    return fine_tune(
+        case.suspect, case.train, settings, seed=case.seed, objective=objective, use_cpu=case.use_cpu, **options
+    )
+
+
+def visit_line(case: Case, objective: Objective, tuned: PreTrainedModel, visit: Visit) -> None:
+    """The straight line from the suspect (0) to a tuned model (1), which is taken."""
+
+    def point(alpha: float) -> Params:
+        return interpolate(case.suspect, tuned, alpha, case.clean_batches(objective))
+
+    visit("interpolation", True, point, 1.0)
+
+
+def run_fine_tuning(case: Case, settings: FineTuning, visit: Visit) -> None:
+    """Fine-tune, and visit the line back to the suspect."""
+    objective = case.objective_of(settings)
+    visit_line(case, objective, tune(case, settings, objective), visit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WiSEFT(FineTuning):
+    """Interpolated fine-tuning (Wortsman et al. 2022, hf.co/papers/2109.01903): fine-tune hard, and go half way back.
+
+    Attributes:
+        alpha: the point taken on the line from the suspect (0) to the fine-tuned model (1); published: 0.5.
+        max_accuracy_drop: choose it instead, from 0.05, 0.1, ... 1: the point farthest from the suspect whose score on
+            the held-out images is at most so many percentage points below the suspect's.
+    """
+
+    alpha: float = number(0.5, "The point taken between the suspect (0) and the fine-tuned model (1).", high=1)
+    max_accuracy_drop: float | None = number(
+        None, "Choose alpha instead, so that the held-out accuracy drops at most so many points.", high=100
+    )
+
+
+def run_wise_ft(case: Case, settings: WiSEFT, visit: Visit) -> None:
+    """Fine-tune, and take a point of the line back to the suspect."""
+    objective = case.objective_of(settings)
+    tuned = tune(case, settings, objective)
+
+    def point(alpha: float) -> Params:
+        return interpolate(case.suspect, tuned, alpha, case.clean_batches(objective))
+
+    taken = settings.alpha
+    if settings.max_accuracy_drop is not None:
+        positions = [k / 20 for k in range(1, 21)]
+        taken = case.farthest_within(objective, point, positions, settings.max_accuracy_drop)
+    visit("interpolation", True, point, taken)

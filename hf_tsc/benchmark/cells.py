@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 
-from hf_tsc.baselines.fine_tuning import FineTuning
+from hf_tsc.baselines.base import Case, Point
+from hf_tsc.baselines.registry import BASELINES, loss_config, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
-from hf_tsc.benchmark.methods import METHODS, Case, Point
+from hf_tsc.benchmark.methods import METHODS
 from hf_tsc.benchmark.plan import Cell
 from hf_tsc.benchmark.suspects import TASKS, attack_of, load
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
@@ -171,7 +172,9 @@ def _rounded(measures: Measures) -> Measures:
 
 def _loss_config(cell: Cell, suspect: PreTrainedModel) -> TSCConfig:
     """The settings of a cell, as far as they make a loss, with the defaults that its method would take."""
-    objectives = TASKS[cell.suspect.kind].objectives
+    options: dict[str, Any] = {"objectives": TASKS[cell.suspect.kind].objectives, "seed": cell.seed, "use_cpu": True}
+    if cell.method in BASELINES:
+        return loss_config(settings_of(cell.method, cell.settings, options["objectives"]), suspect, **options)
     known = {
         "objective",
         "augmentation",
@@ -182,12 +185,7 @@ def _loss_config(cell: Cell, suspect: PreTrainedModel) -> TSCConfig:
         "per_device_train_batch_size",
     }
     given = {name: value for name, value in cell.settings.items() if name in known}
-    if cell.method == "fine_tuning":
-        given["per_device_train_batch_size"] = cell.settings.get("batch_size", FineTuning.batch_size)
-        given.setdefault("objective", FineTuning.objective)
-    return TSCConfig.for_model(
-        suspect, objectives=objectives, output_dir="unused", seed=cell.seed, use_cpu=True, **given
-    )
+    return TSCConfig.for_model(suspect, output_dir="unused", **options, **given)
 
 
 def _reader(cell: Cell, images: BenchmarkImages, work: Work) -> Reader:

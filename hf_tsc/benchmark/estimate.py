@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from hf_tsc.baselines.registry import BASELINES, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.plan import Cell, SuspectPlan
@@ -47,7 +48,7 @@ def _suspect_images(plan: SuspectPlan) -> float:
 
 def _cell_seconds(cell: Cell, lines: Sequence[Line], speed: dict[str, float]) -> float:
     def per_image(line: Line) -> float:
-        return line["seconds"]["all"] / _trained_images(line["method"], line["settings"])
+        return line["seconds"]["all"] / _trained_images(line)
 
     alike = [
         per_image(line)
@@ -55,12 +56,16 @@ def _cell_seconds(cell: Cell, lines: Sequence[Line], speed: dict[str, float]) ->
         if (line["model"], line["method"]) == (cell.suspect.model, cell.method) and "error" not in line
     ]
     rate = statistics.median(alike) if alike else 1.5 * speed[cell.suspect.model]  # measuring takes its time, too
-    return rate * _trained_images(cell.method, cell.settings)
+    return rate * _trained_images(cell.describe())
 
 
-def _trained_images(method: str, settings: dict[str, Any]) -> float:
-    if method == "fine_tuning":
-        return float(settings["steps"]) * float(settings.get("batch_size", 64))
+def _trained_images(described: dict[str, Any]) -> float:
+    """How many images go forward and backward in a cell, or in the line of one."""
+    method, settings = described["method"], described["settings"]
+    if method in BASELINES:
+        chosen = settings_of(method, settings)
+        images = round(described["budget"] * (1 - described["held_out"]))
+        return float(chosen.gradient_evaluations(images) * chosen.batch_size)
     curves = float(settings.get("rounds", 1)) * float(settings.get("stages", 1))
     steps = float(settings.get("curve_steps", DEFAULT_TSC_STEPS))
     return curves * steps * float(settings.get("per_device_train_batch_size", 64))

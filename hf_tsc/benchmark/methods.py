@@ -1,69 +1,39 @@
 """The methods of a benchmark. Each leaves paths through weight space, whose points are then measured alike.
 
 `fine_tuning` leaves the straight line from the suspect (0) to the fine-tuned model (1), so that one run answers for
-plain and for interpolated fine-tuning. `tsc` leaves its curves, from the suspect (0) to its un-aligned copy or to the
-point of the curve before (1).
+plain and for interpolated fine-tuning; what the others leave, `hf_tsc.baselines` says. `tsc` leaves its curves, from
+the suspect (0) to its un-aligned copy or to the point of the curve before (1).
 """
 
 from __future__ import annotations
 
+import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
-from hf_tsc.activations import Batch
-from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune, interpolate
+from hf_tsc.baselines.base import Case, Visit
+from hf_tsc.baselines.registry import BASELINES, Outcome, run_baseline, settings_of
 from hf_tsc.curve_result import CurveResult
 from hf_tsc.errors import UsageError
-from hf_tsc.images import collate
-from hf_tsc.objectives import ImageClassification, Objective
 from hf_tsc.permutation import Params
-from hf_tsc.tasks import LossSettings
-from hf_tsc.tsc_config import CLASSIFYING, TSCConfig, reported_arguments
+from hf_tsc.tsc_config import TSCConfig, reported_arguments
 from hf_tsc.tsc_trainer import TSCTrainer
 
 PERMUTATIONS = ("matched", "identity", "random")
-Point = Callable[[float], Params]
-# called with a path's name, whether it is the last one, its points, and the point that is taken
-Visit = Callable[[str, bool, Point, float], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a method works on.
-
-    `objective` makes what is trained for, of the method's settings; None for classifiers, which the methods know.
-    `objectives` names those that fit.
-    """
-
-    suspect: PreTrainedModel
-    processor: Any
-    train: Any
-    held_out: Any
-    seed: int
-    objective: Callable[[LossSettings], Objective] | None = None
-    objectives: Sequence[str] = CLASSIFYING
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a method took: gradient evaluations, and all its arguments, defaults included."""
-
-    gradient_evaluations: int
-    arguments: dict[str, Any]
 
 
 def check_settings(method: str, settings: dict[str, Any]) -> None:
     """Raises UsageError where a method would refuse its settings."""
-    if method == "fine_tuning":
-        _fine_tuning(settings)
+    if method in BASELINES:
+        settings_of(method, settings)
+        needed = ("steps", "learning_rate") if method == "fine_tuning" else ()  # no published ones suit all
+        if missing := [name for name in needed if name not in settings]:
+            raise UsageError(f"{method} needs the setting(s) {', '.join(missing)}")
         return
     options = dict(settings)
     if (permutation := options.pop("permutation", PERMUTATIONS[0])) not in PERMUTATIONS:
@@ -73,27 +43,8 @@ def check_settings(method: str, settings: dict[str, Any]) -> None:
     TSCConfig(output_dir="unused", use_cpu=True, **options)
 
 
-def _fine_tuning(settings: dict[str, Any]) -> FineTuning:
-    known = {entry.name: entry for entry in fields(FineTuning)}
-    if unknown := sorted(set(settings) - set(known)):
-        raise UsageError(f"fine_tuning has no setting(s) {', '.join(unknown)}")
-    if missing := [name for name in ("steps", "learning_rate") if name not in settings]:
-        raise UsageError(f"fine_tuning needs the setting(s) {', '.join(missing)}")
-    return FineTuning(**settings)
-
-
-def run_fine_tuning(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
-    """Fine-tune, and visit the line back to the suspect."""
-    chosen = _fine_tuning(settings)
-    objective = case.objective(chosen) if case.objective is not None else None
-    tuned = fine_tune(case.suspect, case.train, chosen, seed=case.seed, objective=objective, use_cpu=True)
-    inputs = ImageClassification(case.train.pipeline) if objective is None else objective
-
-    def point(alpha: float) -> Params:
-        return interpolate(case.suspect, tuned, alpha, _clean_batches(case, inputs))
-
-    visit("interpolation", True, point, 1.0)
-    return Outcome(chosen.steps, asdict(chosen))
+def _run_baseline(name: str, case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
+    return run_baseline(name, case, settings_of(name, settings, case.objectives), visit)
 
 
 def run_tsc(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
@@ -128,8 +79,9 @@ def run_tsc(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
 
 
 METHODS: dict[str, Callable[[Case, dict[str, Any], Visit], Outcome]] = {
-    "fine_tuning": run_fine_tuning,
+    "fine_tuning": functools.partial(_run_baseline, "fine_tuning"),
     "tsc": run_tsc,
+    **{name: functools.partial(_run_baseline, name) for name in BASELINES if name != "fine_tuning"},
 }
 
 
@@ -160,8 +112,3 @@ class _VisitingTrainer(TSCTrainer):
             name: torch.from_numpy(generator.permuted(perm.numpy(), axis=-1)) if name in moving else perm
             for name, perm in found.items()
         }
-
-
-def _clean_batches(case: Case, objective: Objective) -> Iterator[Batch]:
-    loader: Any = DataLoader(case.train, batch_size=128, collate_fn=collate, generator=torch.Generator())
-    return (objective.model_inputs(batch) for batch in loader)

@@ -27,7 +27,7 @@ A plan is a YAML file:
         attacks: [badnets]
         seeds: [0]
         budget: 1400            # clean images
-        method: fine_tuning     # or tsc
+        method: fine_tuning     # or tsc, or another baseline (docs/baselines.md)
         settings: {steps: 800, learning_rate: 0.1}
         grid: {learning_rate: [0.01, 0.1]}      # every combination, on top of the settings
         points: [0.5, 1.0]      # where the path is measured on select; 0, 0.1, ... 1 by default

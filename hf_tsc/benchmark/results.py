@@ -3,7 +3,7 @@
 A line holds the points of whole paths. What is shown of them is the point that the method takes: t* of TSC, 1 (plain)
 for fine-tuning; and, as "within budget", the one farthest from the suspect that loses at most `MAX_DROP` of its
 accuracy on the held-out images, which needs no trigger: of a curve as `max_accuracy_drop` would choose it, of
-fine-tuning the largest share of the fine-tuned model (interpolated fine-tuning).
+fine-tuning the largest share of the fine-tuned model (interpolated fine-tuning), and so on for the other methods.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from hf_tsc.baselines.registry import BASELINES
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.methods import METHODS
 from hf_tsc.metrics import defense_effectiveness
 
 MAX_DROP = 0.04
 COLOURS = {"TSC": "tab:blue", "interpolated": "tab:orange", "fine-tuning": "tab:red"}
+OTHER_COLOURS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray", "black")
 Measures = dict[str, Any]
 
 
@@ -56,6 +58,7 @@ class Taken:
         return measured[MEASURES[name]]
 
 
+LABELS = {"tsc": "TSC over t", "fine_tuning": "interpolated fine-tuning over its share"}
 MEASURES = {"ACC": "accuracy", "ASR": "attack_success_rate", "RA": "robust_accuracy"}
 COLUMNS = ("ACC before", "ASR before", "ACC", "ASR", "RA", "DER", "re-tuned ACC", "re-tuned ASR")
 
@@ -71,16 +74,24 @@ def taken_points(line: Line) -> list[Taken]:
         return []
     points, at = last_points(line), line["paths"][-1]["taken"]
     own = next(point for point in points if point["t"] == at)
-    names = ("fine-tuning", "interpolated") if line["method"] == "fine_tuning" else ("TSC", "TSC within budget")
+    names = names_of(line["method"])
     within = farthest_within(line)
     return [Taken(names[0], line, own), *([Taken(names[1], line, within)] if within is not None else [])]
+
+
+def names_of(method: str) -> tuple[str, str]:
+    """What a method's own point is called, and what the one within budget."""
+    if method == "fine_tuning":
+        return "fine-tuning", "interpolated"
+    short = "TSC" if method == "tsc" else BASELINES[method].short
+    return short, f"{short} within budget"
 
 
 def farthest_within(line: Line, max_drop: float = MAX_DROP) -> Measures | None:
     """The point within the accuracy budget on the held-out images that is farthest from the backdoored ends."""
     lowest = line["before"]["held_out"]["score"] - max_drop - 1e-9
     both_ends = is_first_curve(line)
-    inner = [p for p in last_points(line) if 0 < p["t"] < 1 or (p["t"] == 1 and line["method"] == "fine_tuning")]
+    inner = [p for p in last_points(line) if 0 < p["t"] < 1 or (p["t"] == 1 and line["method"] != "tsc")]
     within = [point for point in inner if point["held_out"]["score"] >= lowest]
     return max(within, key=lambda p: min(p["t"], 1 - p["t"]) if both_ends else p["t"], default=None)
 
@@ -191,7 +202,7 @@ def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
     """Where methods stand between accuracy and attack success rate, before and after re-tuning.
 
     TSC over t (of a first curve both ends are backdoored), interpolated fine-tuning over its share, each along its
-    path, one line a cell; plain fine-tuning over learning rates as dots.
+    path, one line a cell; plain fine-tuning over learning rates as dots, as what else takes the end of its path.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -213,15 +224,21 @@ def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
 
 
 def _plot_path(axes: Any, line: Line, place: str | None) -> None:
-    tsc = line["method"] == "tsc"
+    own, within = names_of(line["method"])
     where = place or ("report" if _is_reported(line) else "select")
     points = [point for point in last_points(line) if where in point]
     xs = [100 * point[where]["accuracy"] for point in points]
     ys = [100 * point[where]["attack_success_rate"] for point in points]
-    label = "TSC over t" if tsc else "interpolated fine-tuning over its share"
-    axes.plot(xs, ys, "-o", markersize=3, linewidth=1, color=COLOURS["TSC" if tsc else "interpolated"], label=label)
-    if not tsc and points and points[-1]["t"] == 1:
-        axes.plot(xs[-1:], ys[-1:], "o", color=COLOURS["fine-tuning"], label="fine-tuning", zorder=3)
+    label = LABELS.get(line["method"], f"{own} along its path")
+    colour = COLOURS.get(own if line["method"] == "tsc" else within) or _other_colour(line["method"])
+    axes.plot(xs, ys, "-o", markersize=3, linewidth=1, color=colour, label=label)
+    if line["method"] != "tsc" and points and points[-1]["t"] == line["paths"][-1]["taken"] == 1:
+        axes.plot(xs[-1:], ys[-1:], "o", color=COLOURS.get(own, colour), label=own, zorder=3)
+
+
+def _other_colour(method: str) -> str:
+    """One of its own for each of the other baselines."""
+    return OTHER_COLOURS[[name for name in BASELINES if name != "fine_tuning"].index(method) % len(OTHER_COLOURS)]
 
 
 def write_results(lines: Sequence[Line], output: Path, say: Callable[[str], None] = print) -> None:
