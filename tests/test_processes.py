@@ -5,6 +5,8 @@ The two processes (gloo, CPU) are started once and run all cases; each sees its 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -25,7 +27,7 @@ from transformers import ViTConfig, ViTModel
 
 from hf_tsc import purify
 from hf_tsc.errors import UsageError
-from hf_tsc.folders import REPORT_FILE
+from hf_tsc.folders import REPORT_FILE, last_whole_checkpoint
 from hf_tsc.images import ImagePipeline
 from hf_tsc.objectives import (
     Captions,
@@ -176,17 +178,42 @@ def purified(made: TSCTrainer) -> dict[str, Any]:
     }
 
 
-def resumed(folder: Path, name: str) -> dict[int, bool]:
+def resumed(folder: Path, name: str) -> dict[Any, bool]:
     """Whether a training that goes on from a checkpoint ends with the same bits."""
-    whole = trainer(folder, name, 4, dropout=0.1, save_strategy="steps", save_steps=1, save_total_limit=None)
+    saving = {"dropout": 0.1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    whole = trainer(folder, name, 4, **saving)
     whole.train()
+    checkpoints: dict[Any, Path | None] = {step: folder / f"checkpoint-{step}" for step in RESUMED[name]}
+    killed = trainer(folder / "killed", name, 4, **saving)
+    checkpoints["matching"] = killed_while_matching(killed)
     found = {}
-    for step in RESUMED[name]:
+    for at, checkpoint in checkpoints.items():
         again = trainer(folder / "again", name, 4, dropout=0.1)
-        again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        again.train(resume_from_checkpoint=str(checkpoint))
         pairs = zip(again.curve.state_dict().values(), whole.curve.state_dict().values(), strict=True)
-        found[step] = again.curves == whole.curves and all(torch.equal(a, b) for a, b in pairs)
+        found[at] = again.curves == whole.curves and all(torch.equal(a, b) for a, b in pairs)
     return found
+
+
+class Killed(BaseException):
+    """As a signal: nothing on the way is to take it for an error and clean up."""
+
+
+def killed_while_matching(made: Any) -> Path | None:
+    """Train until the matching between the two curves, and no further; the checkpoint that is left."""
+    match, calls = made._match, itertools.count(1)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        found = match(*args, **kwargs)
+        if next(calls) == 2:
+            raise Killed
+        return found
+
+    made._match = dying
+    with contextlib.suppress(Killed):
+        made.train()
+    assert made.state.global_step == STEPS
+    return last_whole_checkpoint(Path(made.args.output_dir))
 
 
 class Broken(Dataset):
@@ -318,7 +345,7 @@ class TestTwoProcessesAreOne:
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_bit_by_bit(results, name):
     for result in results:
-        assert result["resumed"][name] == dict.fromkeys(RESUMED[name], True)
+        assert result["resumed"][name] == dict.fromkeys((*RESUMED[name], "matching"), True)
 
 
 class TestErrors:

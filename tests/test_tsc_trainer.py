@@ -1,5 +1,6 @@
 """The course of a purification: segments, curves, schedules, seeds, checkpoints, and what comes out of it."""
 
+import itertools
 import math
 import resource
 
@@ -206,6 +207,33 @@ class TestResume:
         assert same(weights(again), weights(made))
         assert again.curves == made.curves
         assert same(dict(again.purified_model().state_dict()), dict(made.purified_model().state_dict()))
+
+    @pytest.mark.parametrize(("matching", "left"), [(1, None), (2, "checkpoint-2"), (3, "checkpoint-4")])
+    def test_bit_exact_when_killed_while_matching(self, run, tmp_path, monkeypatch, matching, left):
+        """At the beginning, between the two curves of a round, and between rounds."""
+        family, _, _, _, made, _ = run
+        killed = trainer(tmp_path, family, save_strategy="steps", save_steps=2)
+        match, calls = killed._match, itertools.count(1)
+
+        def dying(*args, **kwargs):
+            found = match(*args, **kwargs)
+            if next(calls) == matching:
+                raise Killed
+            return found
+
+        monkeypatch.setattr(killed, "_match", dying)
+        with pytest.raises(Killed):
+            killed.train()
+        found = last_whole_checkpoint(tmp_path)
+        assert (found and found.name) == left
+        again = trainer(tmp_path, family)
+        again.train(resume_from_checkpoint=found and str(found))
+        assert same(weights(again), weights(made))
+        assert again.curves == made.curves
+
+
+class Killed(BaseException):
+    """As a signal: nothing on the way is to take it for an error and clean up."""
 
 
 class FullDisk(TrainerCallback):
