@@ -79,7 +79,7 @@ def test_losses_and_gradients(name):
 
 def test_options_go_through():
     made = curve_of("vit")
-    made.activation_checkpointing_enable({"determinism_check": "none"}, every_n_layers=2)
+    made.activation_checkpointing_enable({"use_reentrant": False, "determinism_check": "none"}, every_n_layers=2)
     assert [layer.gradient_checkpointing for layer in made.model.vit.layers] == [True, False]
     step(made, "vit")
 

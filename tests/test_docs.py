@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT / "recipes"))
 demo_docs = pytest.importorskip("demo_docs")
 symmetry_docs = pytest.importorskip("symmetry_docs")
+benchmark_performance = pytest.importorskip("benchmark_performance")
 
 
 def records():
@@ -92,6 +93,22 @@ def test_measured_times_are_within_their_targets():
     assert len(matching) == 2
     assert {row["family"] for row in cost if row["variant"] == "curve step"} == {"resnet64", "vit"}
     assert all(row["met"] for row in (*speed, *matching, *cost))
+
+
+def test_the_page_on_performance_is_that_of_its_file():
+    record = json.loads((ROOT / "docs/performance.json").read_text())
+    assert benchmark_performance.page(record) == (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert {row["processes"] for row in record["steps"]} == {1, 2}
+    assert {row["variant"] for row in record["memory"]} == set(benchmark_performance.MEMORY)
+
+
+def test_killed_purifications_came_out_the_same():
+    """Of the committed runs: both families, in one process and in two, and many kills."""
+    rows = json.loads((ROOT / "docs/kill_resume.json").read_text())["rows"]
+    assert {(row["family"], row["processes"]) for row in rows} == {(f, n) for f in ("resnet", "vit") for n in (1, 2)}
+    for row in rows:
+        assert row["kills"] == sum(len(run["kills"]) for run in row["runs"]) >= 10
+        assert all(run["same"] for run in row["runs"])
 
 
 class TestResults:
