@@ -1,6 +1,7 @@
 """Kills purifications at random moments, lets them go on, and compares what comes out, bit by bit.
 
-    python recipes/kill_resume.py --output docs/kill_resume.json
+    python recipes/kill_resume.py --output docs/kill_resume.json --processes 1
+    python recipes/kill_resume.py --output docs/kill_resume.json --processes 2 --steps 30 --append
 
 Tiny models with random weights are purified on scikit-learn's digits by `hf-tsc purify`, which gets a `kill -9`; what
 is left goes on with `--resume`, and is killed again. Whenever a purification comes through, its weights must have the
@@ -362,6 +363,7 @@ def campaign(
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file; without it the kills are only printed")
+    parser.add_argument("--append", action="store_true", help="keep what the JSON file holds already")
     parser.add_argument("--kills", type=int, default=20, help="of each family, and as many in several processes")
     parser.add_argument("--steps", type=int, default=40, help="of each of the two curves")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
@@ -370,17 +372,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    args = parse()
-    datasets.disable_progress_bars()
-    rows = []
-    for processes in args.processes:
-        kills = args.kills if processes == 1 else -(-args.kills // len(args.families))
-        for family in args.families:
-            with tempfile.TemporaryDirectory(prefix="kill_resume_") as folder:
-                asked = {"kills": kills, "steps": args.steps, "processes": processes, "seed": args.seed}
-                rows.append(campaign(Path(folder), family, **asked))
-    record = {
+def described(rows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """What a run is put down as."""
+    return {
         "date": datetime.date.today().isoformat(),
         "command": f"python recipes/kill_resume.py --kills {args.kills} --steps {args.steps} --seed {args.seed} "
         f"--families {' '.join(args.families)} --processes {' '.join(map(str, args.processes))}",
@@ -393,8 +387,22 @@ def main() -> int:
         "settings": {**SETTINGS, "images": BUDGET},
         "rows": rows,
     }
+
+
+def main() -> int:
+    args = parse()
+    datasets.disable_progress_bars()
+    rows = []
+    for processes in args.processes:
+        kills = args.kills if processes == 1 else -(-args.kills // len(args.families))
+        for family in args.families:
+            with tempfile.TemporaryDirectory(prefix="kill_resume_") as folder:
+                asked = {"kills": kills, "steps": args.steps, "processes": processes, "seed": args.seed}
+                rows.append(campaign(Path(folder), family, **asked))
     if args.output:
-        args.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        earlier = json.loads(args.output.read_text(encoding="utf-8")) if args.append else []
+        content = [*earlier, described(rows, args)]
+        args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0 if all(row["all_same"] for row in rows) else 1
 
 
