@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ def variants_of(workload: Workload, size: int, wrap: Callable[[nn.Module], nn.Mo
 def serve(rank: int, address: str, key: str, pipe: Any) -> None:
     """One of the processes: does what it is told, and says how much processor time that took."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # as in the command line
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
     workload = WORKLOADS[key]
     # as the Trainer and TSCConfig wrap a curve
@@ -398,7 +400,7 @@ A purification of a ViT-B/16 at {SIDE} pixels in one process, without distillati
 activations. Matching holds matrices of {first["statistics"]} GB in their place (`statistics_memory_gb`), measuring a
 curve two of its points. Checkpointing keeps the inputs of the layers, and the activations of one layer; accumulation
 keeps the gradients while the next batch goes forward. Measured is the peak of a phase above the interpreter with its
-imports.
+imports; preparing includes the derivation of the spec, and its verification with networks of random weights.
 
 {memory}
 
