@@ -368,7 +368,7 @@ def page(record: Mapping[str, Any]) -> str:
         ),
     )
     first = record["memory"][0]["parts"]
-    held = ", ".join(f"{name}: {copies}" for name, copies in HELD.items())
+    held = ", ".join(f"{name} ({copies})" for name, copies in HELD.items())
     compilation = record["compile"]
     return f"""# Performance
 
@@ -394,8 +394,8 @@ The same images, in two processes of one thread each, against one process. Perfe
 
 ## Memory
 
-A purification of a ViT-B/16 at {SIDE} pixels in one process, without distillation. All copies of the weights take
-{first["weights"]} GB each. Held throughout are: {held}. An optimizer keeps one copy more (SGD with momentum) or two
+A purification of a ViT-B/16 at {SIDE} pixels in one process, without distillation. Each copy of the weights takes
+{first["weights"]} GB. Held throughout are: {held}. An optimizer keeps one copy more (SGD with momentum) or two
 (AdamW). In the backward pass there are also the point of the curve, whose place the gradients take by and by, and the
 activations. Matching holds matrices of {first["statistics"]} GB in their place (`statistics_memory_gb`), measuring a
 curve two of its points. Checkpointing keeps the inputs of the layers, and the activations of one layer; accumulation
