@@ -406,7 +406,7 @@ imports; preparing includes the derivation of the spec, and its verification wit
 
 ## torch.compile
 
-`--torch_compile` is not refused: the curve is one graph, and as t changes with each step it is compiled a second time, for any
+`--torch_compile` is not refused: the curve is one graph, and as t changes it is compiled a second time, for any
 t. In {compilation["steps"]} steps with as many t ({compilation["model"]}, backend `{compilation["backend"]}`) there
 were {compilation["graphs"]} graphs and {compilation["graph_breaks"]} graph breaks; the first steps took
 {", ".join(map(str, compilation["first_steps_s"]))} s. After that a step takes {ratio(compilation["cpu_ratio"])} of the
