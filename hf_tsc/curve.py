@@ -114,6 +114,22 @@ class CurveModel(nn.Module):
         with contextlib.nullcontext() if sharded else parametrize.cached():
             return self.model(*args, **kwargs)
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As of a transformers model, for `--activation_checkpointing`: layers are computed anew in the backward pass.
+
+        Until then t has to stay what it was in the forward pass.
+
+        Raises:
+            UsageError: the architecture has no layers that it can do this for.
+        """
+        try:
+            self.model.activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        except (AttributeError, ValueError) as error:
+            raise UsageError(
+                f"activation_checkpointing: {type(self.model).__name__} does not support it; leave it out, and save "
+                "memory by a smaller per_device_train_batch_size with gradient_accumulation_steps"
+            ) from error
+
     def _tensors(self, which: str) -> Params:
         found: Params = {}
         for name in self.names:

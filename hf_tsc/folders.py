@@ -57,9 +57,14 @@ def finished_folder(folder: Path) -> Iterator[Path]:
 
 def write_json(file: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one."""
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = half_written(file)
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(file)
+
+
+def half_written(file: Path) -> Path:
+    """What `write_json` leaves of a file where it is killed."""
+    return file.with_name(f".{file.name}.tmp")
 
 
 @contextmanager

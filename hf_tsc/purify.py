@@ -21,6 +21,7 @@ from hf_tsc.evaluation import Attack
 from hf_tsc.folders import (
     check_output,
     finished_folder,
+    half_written,
     last_whole_checkpoint,
     write_json,
 )
@@ -260,7 +261,7 @@ def _remove(work: Path) -> None:
 def _open_work_folder(work: Path, request: dict[str, Any], *, resume: bool) -> Path | None:
     """Make the folder, or go on in it; returns the checkpoint to go on from."""
     record = work / REQUEST_FILE
-    if work.is_dir() and any(work.iterdir()) and not record.is_file():
+    if work.is_dir() and not record.is_file() and set(work.iterdir()) - {half_written(record)}:
         raise UsageError(f"{work} is not from a purification, and checkpoints go there: give another output folder")
     if work.is_dir() and not resume:
         raise UsageError(f"{work} is left from an interrupted run: go on with --resume, or remove it to start anew")

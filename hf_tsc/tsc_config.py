@@ -296,6 +296,11 @@ class TSCConfig(TrainingArguments):
             )
         if self.sweep_points < 3:
             raise UsageError(f"sweep_points={self.sweep_points}: at least 3 are needed, two of them the ends")
+        if self.sync_batch_norm and (self.activation_checkpointing or self.gradient_checkpointing):
+            raise UsageError(
+                "sync_batch_norm does not go with activation_checkpointing: what is computed anew in the backward "
+                "pass would be normalised with the images of one process; give one of the two"
+            )
         if self.push_to_hub:
             raise UsageError(
                 "push_to_hub: the Trainer would publish half-purified weights; push at the end, with "

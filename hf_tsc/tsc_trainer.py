@@ -118,6 +118,8 @@ class TSCTrainer(ObjectiveTrainer):
             score_name = "accuracy" if "labels" in eval_dataset[0] else "agreement"
             objective = _classification(args, processing_class, self.suspect, score_name)
         curve = CurveModel(model)
+        if args.activation_checkpointing:
+            curve.activation_checkpointing_enable()  # so that it is refused here, and not after all preparations
         self._movable = _keep_towers(curve, model, self.spec, inputs, args)
         if args.channels_last:
             curve.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -43,6 +43,7 @@ from hf_tsc.curve import CurveModel, mix
 from hf_tsc.derive import derive_spec, example_inputs
 
 Work = Callable[[], object]
+Wrapper = Callable[[nn.Module], nn.Module]
 LABELS = 10
 STATISTICS_BATCHES = 2
 MAX_POSITIONS = 16
@@ -90,9 +91,10 @@ class Seconds:
 
 
 def measure(work: Work) -> Seconds:
+    """Work that other processes do returns what it took them."""
     cpu, wall = time.process_time(), time.perf_counter()
-    work()
-    return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
+    done = work()
+    return done if isinstance(done, Seconds) else Seconds(time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def take_turns(variants: Mapping[str, Work], *, repeats: int, warmup: int = 3) -> dict[str, list[Seconds]]:
@@ -120,9 +122,11 @@ def summary(ours: list[float], base: list[float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def compare(variants: Mapping[str, Work], targets: Mapping[str, float], *, repeats: int) -> list[dict[str, Any]]:
+def compare(
+    variants: Mapping[str, Work], targets: Mapping[str, float], *, repeats: int, warmup: int = 3
+) -> list[dict[str, Any]]:
     """Every variant but the first, against the first."""
-    taken = take_turns(variants, repeats=repeats)
+    taken = take_turns(variants, repeats=repeats, warmup=warmup)
     base_name, *others = taken
     rows = []
     for name in others:
@@ -154,18 +158,19 @@ def training_step(forward: Callable[..., Any], trained: list[Tensor], images: Te
     return step
 
 
-def plain_step(model: nn.Module, *batch: Tensor) -> Work:
+def plain_step(model: nn.Module, *batch: Tensor, wrap: Wrapper = nn.Module.train) -> Work:
     model = copy.deepcopy(model)
-    return training_step(model, list(model.parameters()), *batch)
+    return training_step(wrap(model), list(model.parameters()), *batch)
 
 
-def curve_step(model: nn.Module, *batch: Tensor) -> Work:
+def curve_step(model: nn.Module, *batch: Tensor, wrap: Wrapper = nn.Module.train) -> Work:
     """`CurveModel` at a random t."""
     curve = CurveModel(model)
+    wrapped = wrap(curve)
 
     def forward(**inputs: Tensor) -> Any:
         curve.t = torch.rand(()).item()
-        return curve(**inputs)
+        return wrapped(**inputs)
 
     return training_step(forward, list(curve.bend.values()), *batch)
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 demo_docs = pytest.importorskip("demo_docs")
 baseline_docs = pytest.importorskip("baseline_docs")
 symmetry_docs = pytest.importorskip("symmetry_docs")
+benchmark_performance = pytest.importorskip("benchmark_performance")
 
 
 def records():
@@ -117,6 +118,22 @@ def test_the_table_of_attacks_is_what_the_triggers_do():
     pictures = re.findall(r"!\[.*\]\((.*)\)", page)
     assert pictures
     assert all((ROOT / "docs" / picture).stat().st_size < 320_000 for picture in pictures)
+
+
+def test_the_page_on_performance_is_that_of_its_file():
+    record = json.loads((ROOT / "docs/performance.json").read_text())
+    assert benchmark_performance.page(record) == (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert {row["processes"] for row in record["steps"]} == {1, 2}
+    assert {row["variant"] for row in record["memory"]} == set(benchmark_performance.MEMORY)
+
+
+def test_killed_purifications_came_out_the_same():
+    """Of the committed runs: both families, in one process and in two, and many kills."""
+    rows = [row for run in json.loads((ROOT / "docs/kill_resume.json").read_text()) for row in run["rows"]]
+    assert {(row["family"], row["processes"]) for row in rows} == {(f, n) for f in ("resnet", "vit") for n in (1, 2)}
+    for row in rows:
+        assert row["kills"] == sum(len(run["kills"]) for run in row["runs"]) >= 10
+        assert all(run["same"] for run in row["runs"])
 
 
 class TestResults:

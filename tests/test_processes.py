@@ -5,6 +5,8 @@ The two processes (gloo, CPU) are started once and run all cases; each sees its 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -29,7 +31,7 @@ from transformers import ViTConfig, ViTModel
 
 from hf_tsc import purify
 from hf_tsc.errors import UsageError
-from hf_tsc.folders import REPORT_FILE
+from hf_tsc.folders import REPORT_FILE, last_whole_checkpoint
 from hf_tsc.images import ImagePipeline
 from hf_tsc.launching import config_file
 from hf_tsc.objectives import (
@@ -201,21 +203,44 @@ def purified(made: TSCTrainer) -> dict[str, Any]:
     }
 
 
-def resumed(folder: Path, name: str, **changes: Any) -> dict[int, bool]:
+def resumed(folder: Path, name: str, **changes: Any) -> dict[Any, bool]:
     """Whether a training that goes on from a checkpoint ends with the same bits; at 0, whether saving changes them."""
-    whole = trainer(
-        folder, name, 4, dropout=0.1, save_strategy="steps", save_steps=1, save_total_limit=None, **changes
-    )
+    saving = {"dropout": 0.1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None, **changes}
+    whole = trainer(folder, name, 4, **saving)
     whole.train()
+    checkpoints: dict[Any, Path | None] = {step: folder / f"checkpoint-{step}" for step in RESUMED[name]}
+    killed = trainer(folder / "killed", name, 4, **saving)
+    checkpoints |= {"matching": killed_while_matching(killed), 0: None}
     found = {}
-    for step in (0, *RESUMED[name]):
+    for at, checkpoint in checkpoints.items():
         again = trainer(folder / "again", name, 4, dropout=0.1, **changes)
-        again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}") if step else None)
+        again.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         ours, theirs = ((made.point(0.0), made.point(0.5)) for made in (again, whole))
-        found[step] = again.curves == whole.curves and all(
+        found[at] = again.curves == whole.curves and all(
             torch.equal(a[key], b[key]) for a, b in zip(ours, theirs, strict=True) for key in a
         )
     return found
+
+
+class Killed(BaseException):
+    """As a signal: nothing on the way is to take it for an error and clean up."""
+
+
+def killed_while_matching(made: Any) -> Path | None:
+    """Train until the matching between the two curves, and no further; the checkpoint that is left."""
+    match, calls = made._match, itertools.count(1)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        found = match(*args, **kwargs)
+        if next(calls) == 2:
+            raise Killed
+        return found
+
+    made._match = dying
+    with contextlib.suppress(Killed):
+        made.train()
+    assert made.state.global_step == STEPS
+    return last_whole_checkpoint(Path(made.args.output_dir))
 
 
 class Broken(Dataset):
@@ -366,7 +391,8 @@ class TestTwoProcessesAreOne:
 @pytest.mark.parametrize("name", [*RESUMED, "sharded"])
 def test_resumed_bit_by_bit(results, name):
     for result in results:
-        assert result["resumed"][name] == dict.fromkeys((0, *RESUMED.get(name, RESUMED["vit"])), True)
+        at = (0, "matching", *RESUMED.get(name, RESUMED["vit"]))
+        assert result["resumed"][name] == dict.fromkeys(at, True)
 
 
 class TestErrors:

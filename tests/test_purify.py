@@ -348,6 +348,14 @@ class TestInterrupted:
             run(suspects["vit"], tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize("name", [None, ".request.json.tmp"])
+    def test_killed_while_the_folder_was_made(self, suspects, tmp_path, name):
+        (tmp_path / "out.work").mkdir()
+        if name:
+            (tmp_path / "out.work" / name).write_text("{")
+        run(suspects["vit"], tmp_path / "out", resume=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
     @pytest.mark.parametrize("resume", [False, True])
     def test_a_folder_of_that_name_is_not_touched(self, suspects, tmp_path, resume):
         (tmp_path / "out.work").mkdir()

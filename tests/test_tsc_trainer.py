@@ -1,5 +1,6 @@
 """The course of a purification: segments, curves, schedules, seeds, checkpoints, and what comes out of it."""
 
+import itertools
 import math
 import resource
 
@@ -206,6 +207,33 @@ class TestResume:
         assert same(weights(again), weights(made))
         assert again.curves == made.curves
         assert same(dict(again.purified_model().state_dict()), dict(made.purified_model().state_dict()))
+
+    @pytest.mark.parametrize(("matching", "left"), [(1, None), (2, "checkpoint-2"), (3, "checkpoint-4")])
+    def test_bit_exact_when_killed_while_matching(self, run, tmp_path, monkeypatch, matching, left):
+        """At the beginning, between the two curves of a round, and between rounds."""
+        family, _, _, _, made, _ = run
+        killed = trainer(tmp_path, family, save_strategy="steps", save_steps=2)
+        match, calls = killed._match, itertools.count(1)
+
+        def dying(*args, **kwargs):
+            found = match(*args, **kwargs)
+            if next(calls) == matching:
+                raise Killed
+            return found
+
+        monkeypatch.setattr(killed, "_match", dying)
+        with pytest.raises(Killed):
+            killed.train()
+        found = last_whole_checkpoint(tmp_path)
+        assert (found and found.name) == left
+        again = trainer(tmp_path, family)
+        again.train(resume_from_checkpoint=found and str(found))
+        assert same(weights(again), weights(made))
+        assert again.curves == made.curves
+
+
+class Killed(BaseException):
+    """As a signal: nothing on the way is to take it for an error and clean up."""
 
 
 class FullDisk(TrainerCallback):
@@ -456,6 +484,22 @@ def test_channels_last_changes_the_memory_format_and_not_the_course(tmp_path):
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
     for name, point in plain.purified_model().state_dict().items():
         torch.testing.assert_close(other.purified_model().state_dict()[name], point, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.CLASSIFIERS)
+def test_compiled(tmp_path, family):
+    """In two graphs, for the first t and for any; a compiler that computes nothing in another way changes nothing."""
+    options = {"rounds": 1, "curve_steps": 4}
+    plain = trainer(tmp_path / "plain", family, **options)
+    compiled = trainer(tmp_path / "compiled", family, torch_compile_backend="eager", **options)
+    plain.train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert same(weights(plain), weights(compiled))
 
 
 def test_bf16_trains_and_gives_float32_weights(tmp_path):

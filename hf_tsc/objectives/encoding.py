@@ -59,6 +59,10 @@ class WithHead(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Projected:
         return Projected(self.head(pooled(self.model(*args, **kwargs))))
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As of the encoder."""
+        self.model.activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+
 
 class ProjectionHead(nn.Sequential):
     """SimCLR's head: linear, ReLU, linear, (n, d) -> (n, 128) (hf.co/papers/2002.05709)."""
