@@ -1,7 +1,7 @@
 """TSCTrainer: Two-stage Symmetry Connectivity as one `Trainer.train()`.
 
 The curves of all rounds are segments of one step counter. At a segment's end a callback takes the curve point,
-matches, and rewrites start, bend and end in place; checkpoints hold all three, so that resuming is the Trainer's own.
+matches, and rewrites start, bend and end in place.
 
     θ   the model at the start of a round            θ'  = π(θ, P'),  P'  un-aligns θ from itself
     θ1  = γ1(t*), γ1 from θ to θ'                    θ'' = π(θ, P''), P'' aligns θ with θ1
@@ -10,39 +10,29 @@ matches, and rewrites start, bend and end in place; checkpoints hold all three, 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import parse_flag_from_env
-from torch import Tensor, nn
-from torch.distributed.fsdp import StateDictType
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
-from transformers import PreTrainedModel, SchedulerType, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_tsc.activations import Batch
-from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve import CurveModel
 from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
+from hf_tsc.curve_trainer import CurveTrainer
 from hf_tsc.derive import example_inputs, verify
-from hf_tsc.errors import CheckpointError, PurificationError, UsageError
-from hf_tsc.folders import seal_checkpoint, sha256, writing_checkpoint
-from hf_tsc.functional import call_at, forget_caches, tensors_of
+from hf_tsc.errors import PurificationError, UsageError
+from hf_tsc.folders import sha256
+from hf_tsc.functional import forget_caches, tensors_of
 from hf_tsc.hub import Pushed, PushOptions, is_folder, push_folder
 from hf_tsc.images import ImagePipeline
-from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, ImageClassification, Objective
 from hf_tsc.passes import match_networks, restrict
 from hf_tsc.permutation import Params, PermutationSpec, apply, identity, moved_fraction
@@ -56,14 +46,13 @@ from hf_tsc.processes import (
 )
 from hf_tsc.report import PurificationReport, environment, summarise_spec
 from hf_tsc.specs import spec_of
-from hf_tsc.synced_batch_norm import SyncedBatchNorm
 from hf_tsc.towers import TOWERS, parameters_by_tower, spaces_clear_of
-from hf_tsc.tsc_config import SCHEDULES, TSCConfig, reported_arguments
+from hf_tsc.tsc_config import TSCConfig, reported_arguments
 
 Monitor = Callable[[Forward], float]
 
 
-class TSCTrainer(ObjectiveTrainer):
+class TSCTrainer(CurveTrainer):
     """Purifies a model on a small clean data set.
 
     In several processes, each reads its share of the images; statistics are added up, the assignment problems divided,
@@ -89,8 +78,6 @@ class TSCTrainer(ObjectiveTrainer):
         AccuracyBudgetError: no point of the last curve is within `max_accuracy_drop`.
     """
 
-    args: TSCConfig
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -112,38 +99,26 @@ class TSCTrainer(ObjectiveTrainer):
         inputs = example_inputs(model)
         self.spec = spec if spec is not None else spec_of(model, inputs)
         self.verification = verify(model, self.spec, inputs)
-        self.suspect = copy.deepcopy(model).eval().requires_grad_(False)
         self.monitors = dict(monitors or {})
+        suspect = copy.deepcopy(model).eval().requires_grad_(False)
         if objective is None:
             score_name = "accuracy" if "labels" in eval_dataset[0] else "agreement"
-            objective = _classification(args, processing_class, self.suspect, score_name)
+            objective = _classification(args, processing_class, suspect, score_name)
         curve = CurveModel(model)
-        if args.activation_checkpointing:
-            curve.activation_checkpointing_enable()  # so that it is refused here, and not after all preparations
         self._movable = _keep_towers(curve, model, self.spec, inputs, args)
-        if args.channels_last:
-            curve.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         super().__init__(
+            suspect,
+            curve,
+            args,
             objective=objective,
-            model=curve,
-            args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=[_SegmentCallback(self), *(callbacks or [])],
         )
-        check_sharding(self.accelerator, args, objective)
-        self.suspect.to(args.device)
-        self.segment_steps = args.segment_steps(len(train_dataset))  # type: ignore[arg-type]
-        self.args.max_steps = self.segment_steps * args.stages * args.rounds
         self._baseline: dict[str, float] | None = None
 
     # --- the course: one step counter, cut into segments ---------------------------------------------------------
-
-    def _segment(self, step: int) -> tuple[int, int]:
-        """(round, stage), both from 1, of the segment that optimisation step `step` (from 0) belongs to."""
-        number = step // self.segment_steps
-        return number // self.args.stages + 1, number % self.args.stages + 1
 
     def begin(self) -> None:
         """Un-align, and lay the first curve of a training that starts from nothing."""
@@ -180,28 +155,11 @@ class TSCTrainer(ObjectiveTrainer):
     def on_curve_end(self, result: CurveResult) -> None:
         """For subclasses: called in every process when a curve is measured, while `point` still gives its points."""
 
-    def _lay_curve(self, start: Params, end: Params) -> None:
-        """A fresh curve: ends and bend in place, no momentum from the one before."""
-        for name in self.curve.names:
-            if not (torch.isfinite(start[name]).all() and torch.isfinite(end[name]).all()):
-                rate = self.args.learning_rate
-                raise PurificationError(f"the weights of {name} are not finite; lower learning_rate={rate}")
-        self.curve.set_ends(start, end)
-        assert self.optimizer is not None, "curves are laid while training"
-        self.optimizer.state.clear()
-
     def _record(self, result: CurveResult, taken: dict[str, float]) -> None:
         # not through `log`: a sweep is a list, which loggers do not take; here it travels with every checkpoint
         self.state.log_history.append({"step": result.step, "curve_result": result.to_dict()})  # type: ignore[dict-item]
         scores = {f"clean_{self.objective.score_name}": taken["score"], "clean_loss": taken["loss"]}
         self.log({"round": result.round, "curve": result.stage, "t": result.t_star, **scores})
-
-    @property
-    def curve(self) -> CurveModel:
-        """The curve itself, without the objective's head and without the wrappers of a distributed run."""
-        curve = self.bare_model
-        assert isinstance(curve, CurveModel)
-        return curve
 
     @property
     def curves(self) -> list[CurveResult]:
@@ -210,13 +168,6 @@ class TSCTrainer(ObjectiveTrainer):
         return [CurveResult.from_dict(record) for record in records if record]
 
     # --- points -------------------------------------------------------------------------------------------------
-
-    def point(self, t: float) -> Params:
-        """γ(t) of the current curve: parameters, and buffers with recomputed BatchNorm statistics.
-
-        Every process has to call it, as each reads its share of the images for the statistics.
-        """
-        return self._with_statistics(self.curve.point(t))
 
     def purified_model(self) -> PreTrainedModel:
         """The result of a finished training, an ordinary model with the suspect's configuration; see `point`.
@@ -232,25 +183,6 @@ class TSCTrainer(ObjectiveTrainer):
         model.load_state_dict({**saved, **{name: tensor for name, tensor in point.items() if name in saved}})
         forget_caches(model)
         return model.requires_grad_(True)
-
-    def _with_statistics(self, params: Params) -> Params:
-        buffers = dict(self.suspect.named_buffers())
-        detached = {name: tensor.detach() for name, tensor in params.items()}
-        return {**detached, **recompute_statistics(self.suspect, detached, self._clean_batches(), buffers)}
-
-    def _batches(self, dataset: Any, *, divided: bool = False) -> Iterator[Batch]:
-        """In fixed order; `divided` among the processes: of W, process r has the batches r, r + W, ..."""
-        size = self.args.statistics_batch_size
-        batches = list(BatchSampler(SequentialSampler(dataset), size, drop_last=False))
-        if divided:
-            batches = batches[rank() :: number_of_processes()]
-        loader: Any = DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator)
-        for batch in loader:
-            yield self._prepare_inputs(batch)
-
-    def _clean_batches(self) -> Iterator[Batch]:
-        """This process' share of the training part, without augmentation."""
-        return (self.objective.model_inputs(batch) for batch in self._batches(self.train_dataset, divided=True))
 
     # --- matching -----------------------------------------------------------------------------------------------
 
@@ -282,16 +214,6 @@ class TSCTrainer(ObjectiveTrainer):
         return next(entry["moved"] for entry in reversed(self.state.log_history) if "moved" in entry)
 
     # --- measuring ----------------------------------------------------------------------------------------------
-
-    def measure(self, tensors: Params) -> dict[str, float]:
-        """`loss` and `score` of a point on the held-out images, all of which this process reads."""
-        return self.objective.evaluate(self._forward_at(tensors), self._batches(self.eval_dataset))
-
-    def _forward_at(self, tensors: Params) -> Forward:
-        def forward(**inputs: Tensor) -> Any:
-            return call_at(self.suspect, tensors, inputs)
-
-        return forward
 
     @property
     def baseline(self) -> dict[str, float]:
@@ -330,39 +252,6 @@ class TSCTrainer(ObjectiveTrainer):
 
     # --- the Trainer's methods that have to differ ----------------------------------------------------------------
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The objective's loss at a random t, the same t for all processes and micro-batches of a step."""
-        self.curve.t = self._draw_t(self.state.global_step)
-        synced = self.args.sync_batch_norm and number_of_processes() > 1
-        with SyncedBatchNorm() if synced else contextlib.nullcontext():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _draw_t(self, step: int) -> float:
-        """t ~ U(window), a function of seed and step."""
-        low, high = self.args.curve1_window if self._segment(step)[1] == 1 else self.args.curve2_window
-        return low + (high - low) * float(np.random.default_rng([self.args.seed, step]).random())
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All trained ones, as in the paper; the Trainer would leave out biases and norms, by their names."""
-        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
-        """The schedule starts anew at every segment and reaches 0 at its end."""
-        if self.lr_scheduler is None:
-            shape = SCHEDULES[str(SchedulerType(self.args.lr_scheduler_type).value)]
-            steps, warmup = self.segment_steps, self.args.get_warmup_steps(self.segment_steps)
-
-            def factor(step: int) -> float:
-                k = step % steps if step < num_training_steps else steps
-                return (k + 1) / (warmup + 1) if k < warmup else shape((k - warmup) / max(steps - warmup, 1))
-
-            trained: Any = optimizer or self.optimizer
-            self.lr_scheduler = LambdaLR(trained, factor)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and score of the point that would be taken now, on the held-out images."""
         stage = self._segment(max(self.state.global_step - 1, 0))[1]
@@ -386,39 +275,6 @@ class TSCTrainer(ObjectiveTrainer):
             if self.args.should_save:
                 purified.save_pretrained(folder)
                 processor.save_pretrained(folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Sealed when all processes have written their parts; older ones go after that.
-
-        The Trainer would remove older ones while other processes, or the disk, still owe something to this one.
-        """
-        folder = Path(str(self.args.output_dir))
-        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with together(), writing_checkpoint(checkpoint):
-                super()._save_checkpoint(model, trial)
-                self._forget_between_curves()
-            with together(), writing_checkpoint(checkpoint):
-                if self.args.should_save:
-                    seal_checkpoint(checkpoint)
-        except CheckpointError:
-            if self.args.should_save:
-                shutil.rmtree(checkpoint, ignore_errors=True)
-            raise
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            rotate_checkpoints(str(folder), limit)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self._forget_between_curves()
-
-    def _forget_between_curves(self) -> None:
-        """Saving the optimizer of a sharded model gives it a state, by a step without gradients, if it has none."""
-        if self.optimizer is not None and self.state.global_step % self.segment_steps == 0:
-            self.optimizer.state.clear()
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -471,7 +327,7 @@ class TSCTrainer(ObjectiveTrainer):
 
     def _report_of_a_folder(self, folder: Path, dataset_name: str) -> PurificationReport:
         """What a trainer alone knows of a purification that is saved in a folder."""
-        path, model, n = self.suspect.config.name_or_path, type(self.suspect).__name__, len(self.eval_dataset)  # type: ignore[arg-type]
+        path, model, n = self.suspect.config.name_or_path or "", type(self.suspect).__name__, len(self.eval_dataset)  # type: ignore[arg-type]
         name = "" if is_folder(path) or Path(path).exists() else path  # a place on this machine tells nobody anything
         seconds = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
         score, point = self.objective.score_name, self.point(0.0)
@@ -487,31 +343,6 @@ class TSCTrainer(ObjectiveTrainer):
             },
             cost={"seconds": sum(seconds)},
         )
-
-
-def check_sharding(accelerator: Accelerator, args: TSCConfig, objective: Objective) -> None:
-    """Raises UsageError where the model would be sharded in a way that curves do not know."""
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UsageError(f"{kind.value} is not supported: start with --accelerate_config fsdp2, or multi_gpu")
-    if kind != DistributedType.FSDP:
-        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            raise UsageError(
-                f"FSDP was asked for, and accelerate would train as {kind.value}: it shards over several accelerators "
-                "alone. Start with --accelerate_config multi_cpu on processors, or single_gpu"
-            )
-        return
-    if not accelerator.is_fsdp2:
-        raise UsageError("fsdp_version 1 is not supported: expected fsdp_version: 2, as in --accelerate_config fsdp2")
-    if accelerator.state.fsdp_plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
-        raise UsageError("expected fsdp_state_dict_type: SHARDED_STATE_DICT, as in --accelerate_config fsdp2")
-    if objective.head is not None:
-        raise UsageError(
-            f"objective={args.objective} trains a projection head, which cannot be sharded with the curve: start "
-            "with --accelerate_config multi_gpu"
-        )
-    if args.channels_last:
-        raise UsageError("channels_last does not go with FSDP2, which shards tensors in their usual memory format")
 
 
 def _keep_towers(

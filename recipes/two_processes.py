@@ -4,13 +4,14 @@
     python recipes/two_processes.py suspect --dataset_name uoft-cs/cifar10 --image_column_name img
 
 writes a row a run to docs/two_processes.json, and the table in docs/processes.md. Both have as many images a step and
-the default settings. Runs that have their row are not repeated.
+the default settings, and each process one thread. Runs that have their row are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,7 @@ def purify(suspect: Path, data: list[str], variant: str, seed: int) -> dict[str,
         command = [sys.executable, "-m", "hf_tsc.cli", "purify", str(suspect.absolute()), *data]
         command += ["--test_split", "test", "--trigger", str((suspect / "suspect.json").absolute())]
         command += ["--seed", str(seed), "--save_strategy", "no", "--output_dir", str(output), *several, *options]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
     keys = ("accuracy", "attack_success_rate")
     return {
@@ -77,10 +78,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suspect", type=Path, help="folder with a suspect and its suspect.json")
     parser.add_argument("--output", type=Path, default=DOCS / "two_processes.json")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="by default all")
     args, data = parser.parse_known_args()  # the rest names the clean images
     rows = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else []
     for seed in SEEDS:
-        for variant in VARIANTS:
+        for variant in args.variants:
             if any((row["variant"], row["seed"]) == (variant, seed) for row in rows):
                 continue
             rows.append(purify(args.suspect, data, variant, seed))

@@ -10,7 +10,17 @@ import hf_tsc
 
 ROOT = Path(hf_tsc.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LAYERS = ["errors", "axes", "permutation", "activations", "matching", "passes", "curve", "tsc_trainer"]
+LAYERS = [
+    "errors",
+    "axes",
+    "permutation",
+    "activations",
+    "matching",
+    "passes",
+    "curve",
+    "curve_trainer",
+    "tsc_trainer",
+]
 
 
 def name_of(path: Path) -> str:
