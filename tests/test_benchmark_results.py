@@ -145,6 +145,13 @@ class TestPictures:
         assert [list(one.get_xdata()) for one in left.get_lines()] == [[68], [80, 78, 70], [70]]
         assert [list(one.get_ydata()) for one in right.get_lines()] == [[90], []]
 
+    def test_frontier_is_of_the_same_images_for_all(self):
+        """Those of `report` where all methods have them."""
+        reported = line(points=[point(0.5, 0.7, 0.68, 0.1, report=measures(0.66, 0.2))])
+        for lines, expected in (([reported], [66]), ([reported, tuned()], [68])):
+            left, _ = plot_frontier(lines, title="x").axes
+            assert list(left.get_lines()[0].get_xdata()) == pytest.approx(expected)
+
 
 def test_command(tmp_path, capsys):
     reported = point(0.5, 0.7, 0.68, 0.1, report=measures(0.66, 0.2))

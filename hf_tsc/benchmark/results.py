@@ -202,14 +202,16 @@ def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
     """Where methods stand between accuracy and attack success rate, before and after re-tuning.
 
     TSC over t (of a first curve both ends are backdoored), interpolated fine-tuning over its share, each along its
-    path, one line a cell; plain fine-tuning over learning rates as dots, as what else takes the end of its path.
+    path, one line a cell; plain fine-tuning over learning rates as dots, as others that end their path. On the
+    images of `report` where all lines have these, else on those of `select`.
     """
+    lines = [line for line in lines if "error" not in line]
+    images = "report" if all(_is_reported(line) for line in lines) else "select"
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, place, name in ((left, None, "purified"), (right, "retuned", "after re-tuning with poisoned images")):
+    for axes, place, name in ((left, images, "purified"), (right, "retuned", "after re-tuning with poisoned images")):
         for line in lines:
-            if "error" not in line:
-                _plot_path(axes, line, place)
+            _plot_path(axes, line, place)
         axes.set(xlabel="clean accuracy, %", title=name, ylim=(-3, 103))
         axes.grid(alpha=0.3)
     left.set(ylabel="attack success rate, %")
@@ -223,9 +225,8 @@ def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
     return figure
 
 
-def _plot_path(axes: Any, line: Line, place: str | None) -> None:
+def _plot_path(axes: Any, line: Line, where: str) -> None:
     own, within = names_of(line["method"])
-    where = place or ("report" if _is_reported(line) else "select")
     points = [point for point in last_points(line) if where in point]
     xs = [100 * point[where]["accuracy"] for point in points]
     ys = [100 * point[where]["attack_success_rate"] for point in points]
@@ -242,15 +243,14 @@ def _other_colour(method: str) -> str:
 
 
 def write_results(lines: Sequence[Line], output: Path, say: Callable[[str], None] = print) -> None:
-    """Write `tables.md`, a frontier for every suspect (of what was reported, if anything was) and reported curves."""
+    """Write `tables.md`, a frontier for every suspect (of what was reported, once TSC was) and reported curves."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "tables.md").write_text(tables(lines), encoding="utf-8")
     for name, several in groupby(sorted(lines, key=_suspect_name), key=_suspect_name):
         of_suspect = list(several)
         reported = [line for line in of_suspect if "error" not in line and _is_reported(line)]
-        plot_frontier(reported or of_suspect, title=name.replace("-", ", ")).savefig(
-            output / f"frontier-{name}.png", dpi=110
-        )
+        shown = reported if any(line["method"] == "tsc" for line in reported) else of_suspect
+        plot_frontier(shown, title=name.replace("-", ", ")).savefig(output / f"frontier-{name}.png", dpi=110)
         for line in of_suspect:
             if line["method"] == "tsc" and "error" not in line and _is_reported(line):
                 plot_curves(line).savefig(output / f"curves-{name}-{line['id']}.png", dpi=110)
