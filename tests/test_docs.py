@@ -156,12 +156,14 @@ class TestResults:
 
         measured = set()
         for line in self.LINES:
-            measured.add(percent(line["before"]["select"], "accuracy", "attack_success_rate"))
+            before = (line["before"][name] for name in ("select", "report"))
+            measured |= {percent(images, "accuracy", "attack_success_rate") for images in before}
             for point in (point for path in line["paths"] for point in path["points"]):
-                pair = percent(point["select"], "accuracy", "attack_success_rate")
-                measured.add(pair)
-                if "retuned" in point:
-                    measured.add((*pair, *percent(point["retuned"], "attack_success_rate")))
+                for images in (point[name] for name in ("select", "report") if name in point):
+                    pair = percent(images, "accuracy", "attack_success_rate")
+                    measured.add(pair)
+                    if "retuned" in point:
+                        measured.add((*pair, *percent(point["retuned"], "attack_success_rate")))
         text = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
         found = re.findall(r"(\d+\.\d) / (\d+\.\d)(?: \((?:re-tuned )?(\d+\.\d)\))?", text)
         assert len(found) > 20
