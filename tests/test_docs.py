@@ -7,6 +7,7 @@ import shlex
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -26,6 +27,7 @@ demo_docs = pytest.importorskip("demo_docs")
 baseline_docs = pytest.importorskip("baseline_docs")
 symmetry_docs = pytest.importorskip("symmetry_docs")
 benchmark_performance = pytest.importorskip("benchmark_performance")
+two_processes = pytest.importorskip("two_processes")
 
 
 def records():
@@ -125,6 +127,15 @@ def test_the_page_on_performance_is_that_of_its_file():
     assert benchmark_performance.page(record) == (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     assert {row["processes"] for row in record["steps"]} == {1, 2}
     assert {row["variant"] for row in record["memory"]} == set(benchmark_performance.MEMORY)
+
+
+def test_two_processes_agreed_with_one_on_real_images():
+    rows = json.loads((ROOT / "docs/two_processes.json").read_text())
+    assert two_processes.table(rows) in (ROOT / "docs/processes.md").read_text(encoding="utf-8")
+    for key, apart in (("accuracy", 0.015), ("attack_success_rate", 0.03)):
+        one, two = ([row["after"][key] for row in rows if row["variant"] == name] for name in ("1 x 64", "2 x 32"))
+        assert len(one) == len(two) == 3
+        assert abs(mean(one) - mean(two)) <= apart
 
 
 def test_killed_purifications_came_out_the_same():
