@@ -114,14 +114,15 @@ def test_fine_tuning(finished):
     clean = open_images(digits(0, 40))
     seen = []
 
-    class Recording(fine_tuning.ObjectiveTrainer):
-        def train(self):
-            result = super().train()
-            seen.append((self.train_dataset.indices.tolist(), self.state.global_step, self.args.learning_rate))
-            return result
+    train = fine_tuning.ObjectiveTrainer.train
+
+    def recorded(self):
+        result = train(self)
+        seen.append((self.train_dataset.indices.tolist(), self.state.global_step, self.args.learning_rate))
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fine_tuning, "ObjectiveTrainer", Recording)
+        patch.setattr(fine_tuning.ObjectiveTrainer, "train", recorded)
         tuned = fine_tune_alike(suspect, clean, processor(), report, rate=0.01, seed=0)
     steps = report.cost["gradient_evaluations"]
     assert seen == [(report.dataset["train_indices"], steps, 0.01)]
