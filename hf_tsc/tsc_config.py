@@ -301,6 +301,11 @@ class TSCConfig(TrainingArguments):
                 "sync_batch_norm does not go with activation_checkpointing: what is computed anew in the backward "
                 "pass would be normalised with the images of one process; give one of the two"
             )
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise UsageError(
+                "torch_compile: a curve stands at another t in each step, and would be compiled anew for each of them "
+                "(docs/performance.md); leave it out"
+            )
         if self.push_to_hub:
             raise UsageError(
                 "push_to_hub: the Trainer would publish half-purified weights; push at the end, with "

@@ -406,11 +406,11 @@ imports; preparing includes the derivation of the spec, and its verification wit
 
 ## torch.compile
 
-`--torch_compile` is not refused: the curve is one graph, and as t changes it is compiled a second time, for any
-t. In {compilation["steps"]} steps with as many t ({compilation["model"]}, backend `{compilation["backend"]}`) there
-were {compilation["graphs"]} graphs and {compilation["graph_breaks"]} graph breaks; the first steps took
-{", ".join(map(str, compilation["first_steps_s"]))} s. After that a step takes {ratio(compilation["cpu_ratio"])} of the
-processor time of one that is not compiled, on this machine.
+`--torch_compile` is refused: the curve stands at another t in each step, and is compiled anew. In
+{compilation["steps"]} steps ({compilation["model"]}, backend `{compilation["backend"]}`) there were
+{compilation["graphs"]} graphs and {compilation["graph_breaks"]} graph breaks; the first steps took
+{", ".join(map(str, compilation["first_steps_s"]))} s, those after them {ratio(compilation["cpu_ratio"])} times the
+processor time of one that is not compiled.
 """
 
 

@@ -77,6 +77,8 @@ class TestChecks:
             ({"sweep_points": 2}, "sweep_points=2: at least 3 are needed, two of them the ends"),
             ({"statistics_memory_gb": 0.0}, "statistics_memory_gb=0.0: expected a positive number"),
             ({"statistics_memory_gb": float("nan")}, "statistics_memory_gb=nan: expected a positive number"),
+            ({"torch_compile": True}, "torch_compile: a curve stands at another t in each step"),
+            ({"torch_compile_backend": "eager"}, "torch_compile: a curve stands at another t in each step"),
             ({"push_to_hub": True}, "push_to_hub: the Trainer would publish half-purified weights"),
             ({"load_best_model_at_end": True}, "load_best_model_at_end: there is no best step across curves"),
         ],

@@ -486,22 +486,6 @@ def test_channels_last_changes_the_memory_format_and_not_the_course(tmp_path):
         torch.testing.assert_close(other.purified_model().state_dict()[name], point, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.CLASSIFIERS)
-def test_compiled(tmp_path, family):
-    """In two graphs, for the first t and for any; a compiler that computes nothing in another way changes nothing."""
-    options = {"rounds": 1, "curve_steps": 4}
-    plain = trainer(tmp_path / "plain", family, **options)
-    compiled = trainer(tmp_path / "compiled", family, torch_compile_backend="eager", **options)
-    plain.train()
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled.train()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    assert not torch._dynamo.utils.counters["graph_break"]
-    assert same(weights(plain), weights(compiled))
-
-
 def test_bf16_trains_and_gives_float32_weights(tmp_path):
     made = trainer(tmp_path, "vit", bf16=True)
     made.train()
