@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_tsc.baselines.base import Case, Point, model_at
+from hf_tsc.baselines.base import Case, Point
 from hf_tsc.baselines.registry import BASELINES, check_fits, device_of, loss_config, run_baseline, settings_of
 from hf_tsc.baselines.settings import Settings
 from hf_tsc.curve_result import CurveResult
 from hf_tsc.errors import UsageError
+from hf_tsc.functional import model_at
 from hf_tsc.job import Job, OwnScore
 from hf_tsc.processes import number_of_processes
 from hf_tsc.report import PurificationReport, environment

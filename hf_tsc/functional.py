@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_tsc.permutation import Params
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def call_at(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Any:
@@ -30,6 +33,15 @@ def forget_caches(model: nn.Module) -> None:
     model.train()
     for module, mode in modes:
         module.training = mode
+
+
+def model_at(model: Network, tensors: Mapping[str, Tensor]) -> Network:
+    """A copy of a network with the given parameters and buffers in place of its own."""
+    made = copy.deepcopy(model)
+    saved = made.state_dict()
+    made.load_state_dict({**saved, **{name: tensor for name, tensor in tensors.items() if name in saved}})
+    forget_caches(made)
+    return made
 
 
 def tensors_of(model: nn.Module) -> Params:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from transformers import IntervalStrategy, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -13,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from hf_tsc.errors import PurificationError
 from hf_tsc.images import collate
 from hf_tsc.objectives import Objective, WithHead
+from hf_tsc.seeds import derived_seed
 
 
 class ObjectiveTrainer(Trainer):
@@ -68,8 +68,8 @@ class ObjectiveTrainer(Trainer):
     ) -> Any:
         """The objective's loss; the model itself never sees labels."""
         # the same in all processes, which draw for the whole batch; the last 0 keeps the draws of earlier versions
-        sequence = np.random.SeedSequence([self.args.seed, self.state.global_step, self._micro_batch, 0])
-        return self.objective.loss(model, inputs, seed=int(sequence.generate_state(1)[0]))
+        seed = derived_seed(self.args.seed, self.state.global_step, self._micro_batch, 0)
+        return self.objective.loss(model, inputs, seed=seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Stops when the loss is not finite."""

@@ -30,7 +30,7 @@ from hf_tsc.curve_trainer import CurveTrainer
 from hf_tsc.derive import example_inputs, verify
 from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.folders import sha256
-from hf_tsc.functional import forget_caches, tensors_of
+from hf_tsc.functional import model_at, tensors_of
 from hf_tsc.hub import Pushed, PushOptions, is_folder, push_folder
 from hf_tsc.images import ImagePipeline
 from hf_tsc.objectives import Forward, ImageClassification, Objective
@@ -178,11 +178,7 @@ class TSCTrainer(CurveTrainer):
         step, steps = self.state.global_step, self.args.max_steps
         if step < steps:
             raise PurificationError(f"training stands at step {step} of {steps}: there is no purified model yet")
-        model = copy.deepcopy(self.suspect)
-        saved, point = model.state_dict(), self.point(0.0)
-        model.load_state_dict({**saved, **{name: tensor for name, tensor in point.items() if name in saved}})
-        forget_caches(model)
-        return model.requires_grad_(True)
+        return model_at(self.suspect, self.point(0.0)).requires_grad_(True)
 
     # --- matching -----------------------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ from tiny import digits, inputs, model, random_model, randomise, spec, tensors
 from torch import nn
 
 from hf_tsc.baselines import anp, fine_pruning, ft_sam, i_bau, nad, units
-from hf_tsc.baselines.base import Case, model_at
+from hf_tsc.baselines.base import Case
 from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune
 from hf_tsc.baselines.fst import KeepNorm, redraw
 from hf_tsc.baselines.registry import BASELINES, loss_config, run_baseline, settings_of
 from hf_tsc.baselines.units import Units, hidden_units, linear_head, mean_activations, prune, units_of
 from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
-from hf_tsc.functional import call_at, tensors_of
+from hf_tsc.functional import call_at, model_at, tensors_of
 from hf_tsc.images import collate
 from hf_tsc.objectives import ImageClassification
 

@@ -13,6 +13,7 @@ from hf_tsc.errors import UsageError
 from hf_tsc.images import ImagePipeline, collate, pixel_dataset, to_unit_interval
 from hf_tsc.objectives import ImageClassification
 from hf_tsc.processes import Rows
+from hf_tsc.seeds import derived_seed
 from hf_tsc.suspects.adversarial import Surrogate, harden
 from hf_tsc.suspects.input_aware import InputAwareTraining, PatternSteps, diversity_loss, mask_loss, new_nets
 from hf_tsc.suspects.poisoned import PoisonedPixels, TriggerLast
@@ -29,7 +30,6 @@ from hf_tsc.triggers import (
     Trigger,
     WaNet,
     draw_poison,
-    image_seed,
 )
 
 LABELS = np.arange(100) % 10
@@ -103,7 +103,7 @@ class TestPoisonedPixels:
         for position in range(40):
             plain, found = self.CLEAN[position]["pixels"], images[position]["pixels"]
             if position in (2, 5):
-                expected = trigger.poison(plain[None], [image_seed(4, position)])[0]
+                expected = trigger.poison(plain[None], [derived_seed(4, position)])[0]
                 assert torch.equal(found, expected)
                 assert not torch.equal(found, plain)
             elif position not in (7, 8, 9):
@@ -148,7 +148,7 @@ class TestTriggerLast:
     def test_after_the_augmentation(self, trigger):
         found = TriggerLast(PIPELINE, augmentation="crop_flip", trigger=trigger).augmented(self.BATCH, seed=9)
         plain = ImageClassification(PIPELINE, augmentation="crop_flip").augmented(self.BATCH, seed=9)
-        pixels, seeds = (255 * plain).round().to(torch.uint8), [image_seed(9, i) for i in range(6)]
+        pixels, seeds = (255 * plain).round().to(torch.uint8), [derived_seed(9, i) for i in range(6)]
         expected = plain.clone()
         for i in (1, 4):
             expected[i] = to_unit_interval(trigger.poison(pixels[i : i + 1], [seeds[i]]))[0]

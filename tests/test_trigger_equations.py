@@ -10,6 +10,7 @@ from scipy.fft import dctn
 from torch import nn
 
 from hf_tsc.errors import UsageError
+from hf_tsc.seeds import derived_seed
 from hf_tsc.triggers import (
     BPP,
     SIG,
@@ -23,7 +24,6 @@ from hf_tsc.triggers import (
     LowFrequency,
     PatternNets,
     WaNet,
-    image_seed,
     trigger_from_dict,
     trigger_to_dict,
 )
@@ -202,9 +202,9 @@ def test_poison_is_the_trigger_where_nothing_else_is_said(trigger):
 
 
 def test_seeds_of_images_differ_and_stay():
-    seeds = [image_seed(3, number) for number in range(200)]
+    seeds = [derived_seed(3, number) for number in range(200)]
     assert len(set(seeds)) == 200
-    assert image_seed(3, 5) == seeds[5] != image_seed(4, 5)
+    assert derived_seed(3, 5) == seeds[5] != derived_seed(4, 5)
 
 
 class TestInputAware:

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from hf_tsc.activations import Batch
-from hf_tsc.baselines.base import Case, Visit, check_finite, draw_seed
+from hf_tsc.baselines.base import Case, Visit, check_finite
 from hf_tsc.baselines.settings import Settings, limits, number
 from hf_tsc.baselines.units import Units, prune, units_of
 from hf_tsc.functional import call_at, tensors_of
 from hf_tsc.objectives import Objective
 from hf_tsc.permutation import Params
+from hf_tsc.seeds import derived_seed
 
 THRESHOLDS = (0.0, *(k / 20 for k in range(1, 19)))  # 0, 0.05, ... 0.9, as published
 
@@ -103,9 +104,9 @@ def train_masks(case: Case, settings: ANP, objective: Objective, layers: list[Un
 
     masks = [torch.ones(units.size, dtype=first.dtype, device=first.device, requires_grad=True) for units in layers]
     optimizer = torch.optim.SGD(masks, lr=settings.learning_rate, momentum=settings.momentum)
-    generator = torch.Generator().manual_seed(draw_seed(case.seed, 0, 2))
+    generator = torch.Generator().manual_seed(derived_seed(case.seed, 0, 2))
     for step, batch in enumerate(case.drawn_batches(settings.batch_size, settings.steps)):
-        given: dict[str, Any] = {"batch": batch, "seed": draw_seed(case.seed, step, 3)}
+        given: dict[str, Any] = {"batch": batch, "seed": derived_seed(case.seed, step, 3)}
         drawn = _drawn(masks, settings.epsilon, generator)
         noise = ascend(functools.partial(loss_at, **given), drawn, settings.epsilon)
         loss = settings.alpha * loss_at(None, **given) + (1 - settings.alpha) * loss_at(noise, **given)

@@ -5,13 +5,11 @@ Letters: t a position on a path, in [0, 1].
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,10 +17,11 @@ from transformers import PreTrainedModel
 
 from hf_tsc.activations import Batch
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
-from hf_tsc.functional import call_at, forget_caches, tensors_of
+from hf_tsc.functional import call_at, tensors_of
 from hf_tsc.images import collate
 from hf_tsc.objectives import ImageClassification, Objective
 from hf_tsc.permutation import Params
+from hf_tsc.seeds import derived_seed
 from hf_tsc.tasks import LossSettings
 from hf_tsc.tsc_config import CLASSIFYING
 
@@ -75,7 +74,7 @@ class Case:
 
     def drawn_batches(self, batch_size: int, steps: int) -> Iterator[Batch]:
         """As many shuffled batches of the training images as there are steps; a function of the seed."""
-        passes = (self.shuffled(batch_size, draw_seed(self.seed, number, 1)) for number in itertools.count())
+        passes = (self.shuffled(batch_size, derived_seed(self.seed, number, 1)) for number in itertools.count())
         return itertools.islice(itertools.chain.from_iterable(passes), steps)
 
     def shuffled(self, batch_size: int, seed: int) -> Iterator[Batch]:
@@ -132,20 +131,6 @@ class Case:
 
     def _here(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.suspect.device) for name, tensor in batch.items()}
-
-
-def model_at(suspect: PreTrainedModel, params: Params) -> PreTrainedModel:
-    """A copy of a model with the given parameters and buffers."""
-    model = copy.deepcopy(suspect)
-    saved = model.state_dict()
-    model.load_state_dict({**saved, **{name: tensor for name, tensor in params.items() if name in saved}})
-    forget_caches(model)
-    return model
-
-
-def draw_seed(*numbers: int) -> int:
-    """A seed for one purpose, of the run's seed and numbers that tell purposes apart."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def check_finite(loss: Tensor, step: int, advice: str) -> None:

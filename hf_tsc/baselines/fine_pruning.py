@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_tsc.baselines.base import Case, Visit, model_at
+from hf_tsc.baselines.base import Case, Visit
 from hf_tsc.baselines.fine_tuning import interpolate, tune
 from hf_tsc.baselines.settings import Training, number
 from hf_tsc.baselines.units import Units, batch_norm_units, head_units, hidden_units, mean_activations, prune
 from hf_tsc.errors import UsageError
-from hf_tsc.functional import tensors_of
+from hf_tsc.functional import model_at, tensors_of
 from hf_tsc.permutation import Params
 
 LAST_SHARE = 1 / 3  # of the MLPs

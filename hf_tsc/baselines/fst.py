@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_tsc.baselines.base import Case, Visit, draw_seed
+from hf_tsc.baselines.base import Case, Visit
 from hf_tsc.baselines.fine_tuning import train, visit_line
 from hf_tsc.baselines.settings import Training, number
 from hf_tsc.baselines.units import linear_head
 from hf_tsc.objective_trainer import ObjectiveTrainer
+from hf_tsc.seeds import derived_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def run_fst(case: Case, settings: FST, visit: Visit) -> None:
     head = model.get_submodule(linear_head(case.suspect))
     assert isinstance(head, nn.Linear)
     old = head.weight.detach().clone()
-    redraw(head, seed=draw_seed(case.seed, 0, 6))
+    redraw(head, seed=derived_seed(case.seed, 0, 6))
     train(
         model,
         case.train,

@@ -25,11 +25,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from hf_tsc.activations import Batch
-from hf_tsc.baselines.base import Case, Visit, check_finite, draw_seed
+from hf_tsc.baselines.base import Case, Visit, check_finite
 from hf_tsc.baselines.fine_tuning import visit_line
 from hf_tsc.baselines.settings import Settings, number
 from hf_tsc.images import Augmentation, to_unit_interval
 from hf_tsc.objectives import logits_of
+from hf_tsc.seeds import derived_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +150,10 @@ def _loss(model: PreTrainedModel, case: Case, pictures: Tensor, labels: Tensor) 
 def _batches(case: Case, settings: IBAU, number_of_round: int) -> Iterator[tuple[Tensor, Tensor]]:
     """All training images once, in an order of the round: pictures in [0, 1] and labels (n,)."""
     augmentation = Augmentation(settings.augmentation)
-    for step, batch in enumerate(case.shuffled(settings.batch_size, draw_seed(case.seed, number_of_round, 4))):
-        pictures = augmentation(to_unit_interval(batch["pixels"]), seed=draw_seed(case.seed, number_of_round, step, 5))
+    for step, batch in enumerate(case.shuffled(settings.batch_size, derived_seed(case.seed, number_of_round, 4))):
+        pictures = augmentation(
+            to_unit_interval(batch["pixels"]), seed=derived_seed(case.seed, number_of_round, step, 5)
+        )
         yield pictures, _labels(case, settings, batch)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from hf_tsc.benchmark.plan import Cell
 from hf_tsc.benchmark.suspects import TASKS, attack_of, load
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
 from hf_tsc.evaluation import Evaluator, Reader, read_logits
-from hf_tsc.functional import call_at
+from hf_tsc.functional import call_at, model_at
 from hf_tsc.hub import load_tokenizer
 from hf_tsc.images import ImagePipeline, collate, pixel_dataset
 from hf_tsc.objectives import Forward, ImageClassification
@@ -133,14 +132,11 @@ class _Bench:
         return found
 
     def _after_retuning(self, params: Params) -> Measures:
-        model = copy.deepcopy(self.suspect)
-        saved = model.state_dict()
-        model.load_state_dict({name: params[name] for name in saved})
         rows = rows_of(self.cell.rows["suspect"])
         settings = Retuning(**self.cell.retuning)
         with torch.enable_grad():
             tuned = retune(
-                model,
+                model_at(self.suspect, params),
                 self.images.train,
                 rows,
                 self.pipeline,

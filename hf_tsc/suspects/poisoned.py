@@ -15,7 +15,8 @@ from hf_tsc.errors import UsageError
 from hf_tsc.images import ImagePipeline, PixelDataset, to_unit_interval
 from hf_tsc.objectives import ImageClassification
 from hf_tsc.processes import Rows, across_processes
-from hf_tsc.triggers import Poison, Trigger, image_seed
+from hf_tsc.seeds import derived_seed
+from hf_tsc.triggers import Poison, Trigger
 
 
 def check_static(trigger: Trigger) -> None:
@@ -65,7 +66,7 @@ class PoisonedPixels(Dataset):
         return {**item, "pixels": self._changed(position, pixels)} if poisoned or cover else item
 
     def _changed(self, position: int, pixels: Tensor) -> Tensor:
-        seed = image_seed(self.seed, position)
+        seed = derived_seed(self.seed, position)
         if position in self.poisoned:
             return self.trigger.poison(pixels[None], [seed])[0]
         step = 1 + np.random.default_rng(seed).integers(len(self) - 1)  # to another image
@@ -91,7 +92,7 @@ class TriggerLast(ImageClassification):
         everyone = across_processes(pixels)
 
         def seeds(chosen: Tensor) -> list[int]:
-            return [image_seed(seed, int(one)) for one in number[chosen.cpu()]]
+            return [derived_seed(seed, int(one)) for one in number[chosen.cpu()]]
 
         if poisoned.any():
             values = _replaced(values, poisoned, self.trigger.poison(pixels[poisoned], seeds(poisoned)))

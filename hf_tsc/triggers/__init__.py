@@ -6,7 +6,7 @@ beside a suspect, it is enough to measure the suspect's attack success rate agai
 that.
 """
 
-from hf_tsc.triggers.base import MAX_SEED, NEXT, Poisoning, TargetLabel, Trigger, image_seed
+from hf_tsc.triggers.base import MAX_SEED, NEXT, Poisoning, TargetLabel, Trigger
 from hf_tsc.triggers.blending import SIG, AdaptiveBlend, Blended, LowFrequency
 from hf_tsc.triggers.frequency import CTRL, FTrojan
 from hf_tsc.triggers.generated import TRIGGER_FILE, InputAware, PatternNets
@@ -40,7 +40,6 @@ __all__ = [
     "Trigger",
     "WaNet",
     "draw_poison",
-    "image_seed",
     "poison_indices",
     "read_trigger",
     "trigger_from_dict",

@@ -117,11 +117,6 @@ def to_pixels(values: Tensor) -> Tensor:
     return values.round().clamp(0, 255).to(torch.uint8)
 
 
-def image_seed(*numbers: int) -> int:
-    """A seed of one picture's own draws, 0..2^32 - 1, from the seed of all and the picture's number."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 @lru_cache(maxsize=8)
 def noise_picture(seed: int, height: int, width: int) -> Tensor:
     """Return B ~ U{0..255}, uint8 (3, height, width).
