@@ -18,7 +18,7 @@ from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.functional import call_at
 from hf_tsc.images import collate
 from hf_tsc.permutation import apply
-from hf_tsc.tsc_config import TSCConfig
+from hf_tsc.tsc_config import PAPER_PRESET, TSCConfig
 from hf_tsc.tsc_trainer import TSCTrainer
 
 FAMILIES = ("resnet", "vit")
@@ -171,6 +171,18 @@ class TestTsc:
         plain = TSCConfig.for_model(on.suspect, output_dir=str(tmp_path), use_cpu=True)
         for name in ("curve1_t", "curve2_t", "curve1_window", "objective", "mixup_alpha", "move_spaces", "optim"):
             assert outcome.arguments[name] == getattr(plain, name), name
+
+    def test_preset(self):
+        """Published settings in place of the family's, where the cell has no others."""
+        visited, outcome = run("tsc", case("vit"), preset="paper", rounds=1)
+        assert [taken for _, _, taken, _ in visited] == [0.4, 0.4]
+        expected = {**PAPER_PRESET, **TSC, "rounds": 1}
+        del expected["warmup_steps"]  # the Trainer's own, which is not reported
+        assert {name: outcome.arguments[name] for name in expected} == expected
+
+    def test_unknown_preset(self):
+        with pytest.raises(UsageError, match="preset='papre': expected one of default, paper"):
+            run("tsc", case("vit"), preset="papre")
 
     def test_begins_with_the_suspect_and_ends_with_its_copy(self):
         on = case("vit")

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import hashlib
 import json
 import os
 import re
@@ -184,6 +185,11 @@ class TestLines:
             assert cell.describe().items() <= line.items()
             assert line["seconds"].keys() == {"method", "all"}
             assert line["environment"]["threads"] == 1
+
+    def test_tells_one_training_of_a_suspect_from_another(self, finished):
+        content = (finished.suspect / "model.safetensors").read_bytes()
+        digest = hashlib.sha256(hashlib.sha256(content).hexdigest().encode()).hexdigest()
+        assert {line["weights"] for line in finished.lines} == {digest[:10]}
 
     def test_what_was_said(self, finished):
         suspect, *cells = finished.said
@@ -532,6 +538,12 @@ class TestEstimate:
         found = estimate_seconds(finished.plan.cells, [], images, tmp_path)
         trained = 2 * 3 * 16 + 2 * (2 * 2 * 16)  # two of fine-tuning, two of two curves
         assert found == {"suspects": pytest.approx(0.01 * 0.5 * 160), "cells": pytest.approx(1.5 * 0.01 * trained)}
+
+    def test_of_a_preset(self, finished, images):
+        """200 passes of 40 images for each of six curves."""
+        cells = plan_of({**ON, "method": "tsc", "group": "g", "settings": {"preset": "paper"}}).cells
+        found = estimate_seconds(cells, [], images, finished.cache)
+        assert found["cells"] == pytest.approx(1.5 * 0.01 * 6 * 200 * 40)
 
     def test_from_results(self, finished, images):
         """The median of cells of the same model and method, by images; one that diverged tells nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -31,7 +32,7 @@ from hf_tsc.report import environment
 from hf_tsc.retuning import Retuning, retune
 from hf_tsc.tasks import Classification, Options, Work
 from hf_tsc.tasks.image_text import zero_shot_reader
-from hf_tsc.tsc_config import TSCConfig
+from hf_tsc.tsc_config import PRESETS, TSCConfig
 
 Measures = dict[str, Any]
 
@@ -40,14 +41,16 @@ def run_cell(cell: Cell, images: BenchmarkImages, cache: Path) -> dict[str, Any]
     """Run a cell.
 
     Returns:
-        The line of results: the cell, the suspect's measures, a list of `paths` with their measured points, the
-        seconds of the method and of the whole, gradient evaluations and versions. A method that failed, by a loss that
+        The line of results: the cell, what tells the suspect's weights from those of another training (`weights`), its
+        measures, a list of `paths` with their measured points, the seconds of the method and of the whole, gradient
+        evaluations and versions. A method that failed, by a loss that
         is not finite or for its accuracy budget, leaves `error` in place of `paths`.
     """
     started = time.monotonic()
     set_seed(cell.seed)
     bench = _Bench(cell, images, cache)
-    line: dict[str, Any] = {**cell.describe(), "images": images.hash, "before": bench.suspect_measures()}
+    line: dict[str, Any] = {**cell.describe(), "images": images.hash, "weights": bench.weights}
+    line["before"] = bench.suspect_measures()
     paths: list[dict[str, Any]] = []
     measuring = 0.0
 
@@ -76,6 +79,7 @@ class _Bench:
     def __init__(self, cell: Cell, images: BenchmarkImages, cache: Path):
         self.cell, self.images = cell, images
         source, self.suspect = load(cell.suspect, cache)
+        self.weights = hashlib.sha256("".join(source.file_hashes.values()).encode()).hexdigest()[:10]
         made, rows = processor(cell.suspect), images.clean_rows(cell)
         self.pipeline = ImagePipeline(made)
         config = _loss_config(cell, self.suspect)
@@ -180,7 +184,8 @@ def _loss_config(cell: Cell, suspect: PreTrainedModel) -> TSCConfig:
         "mixup_alpha",
         "per_device_train_batch_size",
     }
-    given = {name: value for name, value in cell.settings.items() if name in known}
+    settings = {**PRESETS[cell.settings.get("preset", "default")], **cell.settings}
+    given = {name: value for name, value in settings.items() if name in known}
     return TSCConfig.for_model(suspect, output_dir="unused", **options, **given)
 
 

@@ -17,6 +17,7 @@ from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.plan import Cell, SuspectPlan
 from hf_tsc.benchmark.suspects import TASKS, is_trained
 from hf_tsc.derive import example_inputs
+from hf_tsc.tsc_config import PRESETS
 
 PROBE_BATCH, PROBE_STEPS = 64, 3
 DEFAULT_TSC_STEPS = 1000  # where a cell's settings name no number of steps
@@ -66,7 +67,10 @@ def _trained_images(described: dict[str, Any]) -> float:
         chosen = settings_of(method, settings)
         images = round(described["budget"] * (1 - described["held_out"]))
         return float(chosen.gradient_evaluations(images) * chosen.batch_size)
+    settings = {**PRESETS[settings.get("preset", "default")], **settings}
     curves = float(settings.get("rounds", 1)) * float(settings.get("stages", 1))
+    if "curve_steps" not in settings and "curve_epochs" in settings:
+        return curves * float(settings["curve_epochs"]) * described["budget"] * (1 - described["held_out"])
     steps = float(settings.get("curve_steps", DEFAULT_TSC_STEPS))
     return curves * steps * float(settings.get("per_device_train_batch_size", 64))
 

@@ -36,11 +36,12 @@ def check_settings(method: str, settings: dict[str, Any]) -> None:
             raise UsageError(f"{method} needs the setting(s) {', '.join(missing)}")
         return
     options = dict(settings)
+    preset = options.pop("preset", "default")
     if (permutation := options.pop("permutation", PERMUTATIONS[0])) not in PERMUTATIONS:
         raise UsageError(f"permutation={permutation!r}: expected one of {', '.join(PERMUTATIONS)}")
     if unknown := sorted(set(options) - set(TSCConfig.__dataclass_fields__)):
         raise UsageError(f"tsc has no setting(s) {', '.join(unknown)}")
-    TSCConfig(output_dir="unused", use_cpu=True, **options)
+    TSCConfig.preset(preset, output_dir="unused", use_cpu=True, **options)
 
 
 def _run_baseline(name: str, case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
@@ -51,19 +52,16 @@ def run_tsc(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
     """Purify, and visit every curve."""
     check_settings("tsc", settings)
     options = dict(settings)
-    permutation = options.pop("permutation", PERMUTATIONS[0])
+    preset, permutation = options.pop("preset", "default"), options.pop("permutation", PERMUTATIONS[0])
     with tempfile.TemporaryDirectory() as folder:
         if "max_accuracy_drop" not in options:
             options.setdefault("sweep_points", 3)  # the trainer's own sweep is not needed
         quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "report_to": "none"}
-        config = TSCConfig.for_model(
-            case.suspect,
-            objectives=case.objectives,
-            output_dir=folder,
-            seed=case.seed,
-            use_cpu=True,
-            **{**options, **quiet},
-        )
+        options |= {**quiet, "output_dir": folder, "seed": case.seed, "use_cpu": True}
+        if preset == "default":
+            config = TSCConfig.for_model(case.suspect, objectives=case.objectives, **options)
+        else:
+            config = TSCConfig.preset(preset, **options)
         trainer = _VisitingTrainer(
             case.suspect,
             config,
