@@ -2,8 +2,10 @@
 
 import json
 import re
+import sys
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tiny import model as tiny_model
 from transformers import AutoModel, AutoModelForImageClassification, ResNetModel
 
 from hf_tsc import PurificationReport, UsageError, purify
+from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.cli import main
 from hf_tsc.evidence.gather import find_triggers
 from hf_tsc.evidence.rows import NO_VERDICT, comparison_rows, trigger_rows
@@ -23,6 +26,8 @@ from hf_tsc.evidence.settings import EvidenceSettings
 from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.tasks import Classification, ImageTextMatching
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+recipe = pytest.importorskip("evidence")
 QUICK = EvidenceSettings(images=20, restarts=2, epochs=2, seed=4)
 CONFIG = {
     "curve_steps": 3,
@@ -209,6 +214,42 @@ class TestRows:
     def test_features(self):
         found = comparison_rows({**EVIDENCE, "agreement": {"n": 3, "cosine": 0.5}})
         assert found[0] == ("cosine to the suspect's features", "0.500")
+
+
+class TestRecipe:
+    """recipes/evidence.py on models that look like suspects."""
+
+    def test_searches_what_has_no_line(self, folders, tmp_path):
+        for name, label in (("bad", 0), ("clean", None)):
+            save(classifier("resnet"), tmp_path / "suspects" / name)
+            trigger = None if label is None else {"name": "badnets"}
+            record = {"trigger": trigger, "target_label": label, "seed": 7}
+            (tmp_path / "suspects" / name / "suspect.json").write_text(json.dumps(record))
+        options = {"cache_dir": tmp_path / "suspects", "dataset_name": folders / "unlabelled"}
+        options |= {"images": 10, "restarts": 1, "epochs": 1, "output": tmp_path / "out" / "lines.jsonl"}
+        argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        recipe.main([*argv, "--only", "clean"])
+        (first,) = read_lines(options["output"])
+        assert (first["id"], first["attack"], first["seed"]) == ("clean-10-1-1-0", "clean twin", 7)
+        recipe.main(argv)
+        lines = read_lines(options["output"])
+        assert [line["attack"] for line in lines] == ["clean twin", "badnets"]
+        assert lines[0] == first  # not searched again
+        assert options["output"].with_suffix(".md").read_text() == recipe.table(lines)
+        with pytest.raises(UsageError, match=r"expected folders with a suspect.json and \['other'\] in their names"):
+            recipe.main([*argv, "--only", "other"])
+
+    def test_table(self):
+        nothing = {"norm": None, "index": None, "flagged": None}
+        rows = [("clean twin", {"target_label": None, "index": 1.0, "flagged": None}), ("badnets", {})]
+        rows += [("badnets", {"norm": 1.0, "flagged": 1}), ("wanet", nothing)]
+        line = {"kind": "classes", "pixels": 50, "norm": 2.0, "index": 3.0, "flagged": 4, "target_label": 4}
+        text = recipe.table({"model": "ResNet", "attack": attack, **line, **changes} for attack, changes in rows)
+        assert text.splitlines()[2:] == [
+            "| ResNet | badnets | 2 | 3.00 % (2.00 to 4.00) | 3.00 (3.00 to 3.00) | 2 of 2 | 1 |",
+            "| ResNet | wanet | 1 | none found | none found |  | 0 |",
+            "| ResNet | clean twin | 1 | 4.00 % (4.00 to 4.00) | 1.00 (1.00 to 1.00) | 0 of 1 |  |",
+        ]
 
 
 class TestCommands:

@@ -8,7 +8,8 @@ Found = dict[str, Any]  # of one model
 NONE = "none found"
 UNSAID = "cannot be said"
 NO_VERDICT = (
-    "evidence, no verdict: where nothing stands out a model need not be clean, and where it does not backdoored"
+    "Evidence and no verdict: a model in which nothing stands out need not be clean, one in which something does need "
+    "not be backdoored."
 )
 
 
