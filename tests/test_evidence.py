@@ -79,6 +79,7 @@ class TestMaskWeight:
             # by hand: the run of successes is broken once, then five make the first step; a run starts anew after it
             (CLASS_SEARCH, [0.98] * 4 + [0.97] + [1.0] * 9 + [0.98], [1e-3] * 9 + [2e-3] * 5 + [4e-3]),
             (CLASS_SEARCH, [0.0] * 10, [1e-3] * 4 + [1e-3 / 2**1.5] * 5 + [1e-3 / 2**3]),
+            (CLASS_SEARCH, [0.5] * 4 + [1.0] + [0.5] * 5, [1e-3] * 9 + [1e-3 / 2**1.5]),
             (ENCODER_SEARCH, [0.995] * 5 + [0.5] * 5, [1e-3] * 4 + [5e-3] * 5 + [1e-3]),
             (replace(ENCODER_SEARCH, floor=1e-4), [0.0] * 10, [1e-3] * 4 + [2e-4] * 5 + [1e-4]),
         ],
