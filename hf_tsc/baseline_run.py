@@ -15,6 +15,7 @@ from hf_tsc.curve_result import CurveResult
 from hf_tsc.errors import UsageError
 from hf_tsc.functional import model_at
 from hf_tsc.job import Job, OwnScore
+from hf_tsc.permutation import PermutationSpec
 from hf_tsc.processes import number_of_processes
 from hf_tsc.report import PurificationReport, environment
 from hf_tsc.tasks import Task
@@ -50,6 +51,7 @@ class BaselineRun:
         objectives: those that fit the model.
         config: what the settings and the seed are to the model's task.
         curves: none.
+        spec: none, as nothing is permuted.
     """
 
     name: str
@@ -57,6 +59,7 @@ class BaselineRun:
     objectives: tuple[str, ...]
     config: TSCConfig
     curves: list[CurveResult] = field(default_factory=list)
+    spec: PermutationSpec | None = None
 
     @classmethod
     def of(cls, name: str, suspect: PreTrainedModel, kind: type[Task], options: Mapping[str, Any]) -> BaselineRun:

@@ -28,6 +28,7 @@ from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.benchmark.plan import Plan
 from hf_tsc.benchmark.results import write_results
 from hf_tsc.benchmark.runner import cells_to_run, check_processes, lines_of, run_plan
+from hf_tsc.captions import find_caption_column
 from hf_tsc.cli_arguments import (
     POISON_RATES,
     AttackArguments,
@@ -35,6 +36,7 @@ from hf_tsc.cli_arguments import (
     BenchmarkArguments,
     DemoArguments,
     EvaluateArguments,
+    EvidenceArguments,
     HowToPush,
     ModelArguments,
     PurifyArguments,
@@ -54,6 +56,7 @@ from hf_tsc.derive import example_inputs, image_size, verify
 from hf_tsc.dry_run import dry_run
 from hf_tsc.errors import HfTscError, PurificationError, SomeFailedError, UsageError
 from hf_tsc.evaluation import Attack
+from hf_tsc.evidence.rows import NO_VERDICT, comparison_rows, trigger_rows
 from hf_tsc.folders import REPORT_FILE
 from hf_tsc.hub import check_push, load_image_processor, load_model, push_folder, resolve_model
 from hf_tsc.hub.folder import some
@@ -86,7 +89,7 @@ from hf_tsc.suspects import (
 )
 from hf_tsc.tasks import Classification, Encoding, is_dual_encoder, task_of
 from hf_tsc.tasks.classes import check_labels
-from hf_tsc.tasks.evaluate import evaluate_source
+from hf_tsc.tasks.evaluate import evaluate_source, search_source
 from hf_tsc.triggers import TRIGGERS
 from hf_tsc.tsc_config import TSCConfig
 
@@ -143,14 +146,14 @@ def purify_command(argv: Sequence[str]) -> int | None:
     """Purify models of images, write the results to folders, and push them to the Hub."""
     method = method_of(argv)
     own = (TSCConfig,) if method == "tsc" else (BaselineArguments, BASELINES[method].settings)
-    common = (ModelArguments, DataArguments, PurifyArguments, PushArguments, AttackArguments, TaskArguments)
-    types: tuple[type, ...] = (*common, *own)
+    measures = (AttackArguments, EvidenceArguments, TaskArguments)
+    types: tuple[type, ...] = (ModelArguments, DataArguments, PurifyArguments, PushArguments, *measures, *own)
     parser = command_parser(
         "purify", types, positional="MODEL", several=True, help="repo ids on the Hub, or folders (./x)"
     )
     known = sorted({entry.name for one in own for entry in fields(one)})
     advice = "no option of this command" if method == "tsc" else f"{method} knows --{', --'.join(known)}"
-    model_args, data_args, args, push_args, attack_args, task_args, config, *_, rest = parse(
+    model_args, data_args, args, push_args, attack_args, evidence_args, task_args, config, *_, rest = parse(
         parser, argv, advice=advice
     )
     if method != "tsc" and (args.accelerate_config is not None or args.num_processes is not None):
@@ -183,6 +186,7 @@ def purify_command(argv: Sequence[str]) -> int | None:
             data_args.open(args.test_split, token=model_args.use_token) if args.test_split else None,
             attack_args.attack(),
             push,
+            evidence_args.settings(),
         )
     if args.dry_run:
         return on_main_process(lambda: _print_dry_runs(models, order, as_json=args.json))
@@ -196,6 +200,8 @@ def purify_command(argv: Sequence[str]) -> int | None:
 
     def show(report: PurificationReport) -> None:
         print(report_table(report))
+        if report.evidence is not None:
+            print(f"\n{evidence_table(report.evidence)}")
         for note in report.notes:
             print(f"note: {note}")
         print(f"\nThe purified model, its card and {REPORT_FILE} are in {output}", flush=True)
@@ -283,22 +289,35 @@ def report_table(report: PurificationReport) -> str:
     return "\n".join(f"{m:<{widths[0]}}  {n:>{widths[1]}}  {b:>{widths[2]}}  {a:>{widths[3]}}" for m, n, b, a in rows)
 
 
+def evidence_table(evidence: Mapping[str, Any]) -> str:
+    """What was searched for before and after, and how far the two models are apart, as text."""
+    rows = [("without a trigger", "before", "after"), *trigger_rows(evidence["before"], evidence["after"])]
+    rows += [(name, "", text) for name, text in comparison_rows(dict(evidence))]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [f"{name:<{widths[0]}}  {b:>{widths[1]}}  {a:>{widths[2]}}" for name, b, a in rows]
+    return "\n".join([*lines, NO_VERDICT])
+
+
 def evaluate_command(argv: Sequence[str]) -> None:
     """Measure accuracy, and with a trigger the attack success rate, of a model."""
-    types = (ModelArguments, DataArguments, AttackArguments, TaskArguments, EvaluateArguments)
+    types = (ModelArguments, DataArguments, AttackArguments, EvidenceArguments, TaskArguments, EvaluateArguments)
     parser = command_parser("evaluate", types, positional="MODEL", help="repo id on the Hub, or a folder (./x, /x)")
-    model_args, data_args, attack_args, task_args, args, rest = parse(parser, argv)
-    source, attack = model_args.resolve(rest.model), attack_args.attack()
+    model_args, data_args, attack_args, evidence_args, task_args, args, rest = parse(parser, argv)
+    search, attack = evidence_args.settings(), attack_args.attack()
+    source = model_args.resolve(rest.model)
     probe_data = data_args.open(args.probe_split, token=model_args.use_token) if args.probe_split else None
-    options = task_args.options()
-    result = evaluate_source(
-        source, data_args.open(token=model_args.use_token), attack=attack, probe_data=probe_data, options=options
-    )
+    data, result = data_args.open(token=model_args.use_token), dict[str, Any]()
+    if search is None or data.label_column is not None or find_caption_column(data) is not None:
+        known: dict[str, Any] = {"attack": attack, "probe_data": probe_data, "options": task_args.options()}
+        result = evaluate_source(source, data, **known)
+    found = None if search is None else search_source(source, data, search, progress=sys.stderr.isatty())
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(result | ({} if found is None else {"evidence": found})))
         return
     for name, value in result.items():
         print(f"{name:22} {100 * value:.1f} %" if isinstance(value, float) else f"{name:22} {value}")
+    if found is not None:
+        print("\n".join([*(f"{name:28} {text}" for name, text in trigger_rows(found)), NO_VERDICT]))
 
 
 def spec_command(argv: Sequence[str]) -> None:

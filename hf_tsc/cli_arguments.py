@@ -18,6 +18,7 @@ from hf_tsc.captions import TEMPLATES
 from hf_tsc.demo import DEMO_MODELS
 from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack
+from hf_tsc.evidence.settings import EvidenceSettings
 from hf_tsc.folders import REPORT_FILE
 from hf_tsc.hub import PushOptions, Source
 from hf_tsc.launching import CONFIGS
@@ -191,6 +192,40 @@ class TaskArguments:
 
     def options(self) -> Options:
         return Options(tuple(self.prompt_template), self.probe_images)
+
+
+@dataclass
+class EvidenceArguments:
+    """What can be said without a trigger."""
+
+    evidence: bool = field(
+        default=False,
+        metadata={
+            "help": "Search for triggers without knowing one (purify: before and after, and compare the two models). "
+            "Takes minutes to hours a model: up to classes x restarts x epochs x images forward and backward passes."
+        },
+    )
+    evidence_images: int = field(
+        default=EvidenceSettings().images, metadata={"help": "Clean images that triggers are searched on, at most."}
+    )
+    evidence_restarts: int = field(
+        default=EvidenceSettings().restarts, metadata={"help": "Searches for each class, or for the encoder."}
+    )
+    evidence_epochs: int | None = field(
+        default=None, metadata={"help": "Passes over the images in a search, at most; by default as published."}
+    )
+    evidence_seed: int = field(default=EvidenceSettings().seed, metadata={"help": "Seed of the searches."})
+
+    def settings(self) -> EvidenceSettings | None:
+        """None when no evidence is asked for."""
+        settings = EvidenceSettings(
+            self.evidence_images, self.evidence_restarts, self.evidence_epochs, self.evidence_seed
+        )
+        if not self.evidence and settings != EvidenceSettings():
+            raise UsageError(
+                "--evidence_images, --evidence_restarts, --evidence_epochs and --evidence_seed go with --evidence"
+            )
+        return settings if self.evidence else None
 
 
 @dataclass

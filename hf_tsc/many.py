@@ -11,6 +11,7 @@ from typing import Any
 from hf_tsc.data import ImageData
 from hf_tsc.errors import HfTscError, UsageError
 from hf_tsc.evaluation import Attack
+from hf_tsc.evidence.settings import EvidenceSettings
 from hf_tsc.folders import REPORT_FILE
 from hf_tsc.hub import Pushed, PushOptions, Source, check_push, is_folder, list_repo, push_folder, resolve_model
 from hf_tsc.hub.retry import HubUnavailableError
@@ -127,6 +128,7 @@ class Order:
     test: ImageData | None = None
     attack: Attack | None = None
     push: PushOptions | None = None
+    evidence: EvidenceSettings | None = None
 
     def run(
         self,
@@ -157,6 +159,7 @@ class Order:
             options=self.options,
             test=self.test,
             attack=self.attack,
+            evidence=self.evidence,
             resume=resume,
         )
         purified(report)
@@ -189,9 +192,8 @@ class Order:
 
     def request(self) -> dict[str, Any]:
         """What decides whether a result is the one that is asked for."""
-        asked = request_of(
-            self.arguments, self.preset, self.budget, self.held_out, self.options, self.test, self.method
-        )
+        how = (self.arguments, self.preset, self.budget, self.held_out, self.options, self.test, self.method)
+        asked = request_of(*how, self.evidence)
         attack = self.attack.to_dict() if self.attack else None
         return {**asked, "attack": attack, "images": self.data.describe()}
 

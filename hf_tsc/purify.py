@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from hf_tsc.baseline_run import BaselineRun, check_method
 from hf_tsc.data import ImageData
 from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
 from hf_tsc.evaluation import Attack
+from hf_tsc.evidence.gather import gather
+from hf_tsc.evidence.settings import EvidenceSettings
 from hf_tsc.folders import (
     check_output,
     finished_folder,
@@ -57,6 +60,7 @@ def purify(
     test: ImageData | Dataset | None = None,
     attack: Attack | None = None,
     options: Options | None = None,
+    evidence: EvidenceSettings | None = None,
     revision: str | None = None,
     local: bool = False,
     token: str | bool | None = False,
@@ -84,6 +88,8 @@ def purify(
         test: further labelled images, to measure on before and after.
         attack: a known trigger, to measure the attack success rate before and after; it never takes part otherwise.
         options: prompts of image-text models, and how many images a linear probe is fitted on.
+        evidence: also search suspect and result for triggers, without knowing one, and compare the two; it can take
+            longer than the purification (docs/evidence.md).
         revision: of the model repo.
         local: `model` is a folder.
         token: for private repos; none is sent by default.
@@ -93,8 +99,8 @@ def purify(
         The report, as written to `output_dir/tsc_report.json`.
 
     Raises:
-        UsageError: wrong input (see the message), a method that does not fit the model, or processes that would train
-            alone; nothing is written.
+        UsageError: wrong input (see the message), a method that does not fit the model, processes that would train
+            alone, or evidence in several processes; nothing is written.
         PurificationError: a loss is not finite, or the spec does not verify; nothing is written.
         AccuracyBudgetError: `max_accuracy_drop` could not be kept; nothing is written to `output_dir`.
         HfTscError: the model could not be got from the Hub; nothing is written.
@@ -104,6 +110,10 @@ def purify(
     meet_processes(use_cpu=bool(given and given.get("use_cpu")))
     with together():
         check_method(method, config, preset=preset, resume=resume)
+        if evidence is not None and number_of_processes() > 1:
+            raise UsageError(
+                "--evidence works in one process: leave it out, and search both models by `hf-tsc evaluate --evidence`"
+            )
         check_output(output)
         source = (
             model if isinstance(model, Source) else resolve_model(model, revision=revision, local=local, token=token)
@@ -118,16 +128,19 @@ def purify(
         prepared: dict[str, Any] = {"budget": budget, "held_out": held_out, "options": options}
         job = Job.prepare(kind, source, suspect, data, config, **prepared)
         measures = Measures.prepare(job, test, attack)
+    told: dict[str, Any] = {"started": started, "evidence": evidence}
     facts: dict[str, Any] = {
         "attack": attack.to_dict() if attack else None,
         "notes": [*source.notes, *data.notes, *job.task.notes],
-        "request": None if given is None else request_of(given, preset, budget, held_out, options, test, method),
+        "request": None
+        if given is None
+        else request_of(given, preset, budget, held_out, options, test, method, evidence),
     }
     if baseline is not None:
         own = baseline.prepare(job)
         facts["before"] = measures(own, _to(suspect, own.device))
         purified = baseline.run()
-        return _write_result(output, purified, dtype, job, measures, own, baseline, started=started, **facts)
+        return _write_result(output, purified, dtype, job, measures, own, baseline, **told, **facts)
     with _work_folder(output, job, config, resume=resume) as checkpoint:
         with together():
             trainer = _trainer(job, measures, config)
@@ -136,7 +149,7 @@ def purify(
         trainer.train(resume_from_checkpoint=checkpoint)
         purified = trainer.purified_model()
         return on_main_process(
-            lambda: _write_result(output, purified, dtype, job, measures, own, trainer, started=started, **facts)
+            lambda: _write_result(output, purified, dtype, job, measures, own, trainer, **told, **facts)
         )
 
 
@@ -150,6 +163,7 @@ def _write_result(
     trainer: TSCTrainer | BaselineRun,
     *,
     started: float,
+    evidence: EvidenceSettings | None,
     **facts: Any,
 ) -> PurificationReport:
     """Save the purified model, measure what was saved, and write its report beside it; in the main process."""
@@ -159,12 +173,16 @@ def _write_result(
         saved = resolve_model(str(folder), local=True)
         purified, _ = load_model(saved, auto_class=kind.auto_class)
         after = measures(own, _to(purified, own.device))
+        cost = {"seconds": round(time.monotonic() - started, 1)}
+        if evidence is not None:
+            progress = not job.work.config.disable_tqdm
+            facts["evidence"] = gather(job, purified, evidence, spec=trainer.spec, progress=progress)
         report = trainer.report(
             suspect=_describe_suspect(job.source, job.model, dtype),
             dataset=job.describe(),
             after=after,
             purified={"dtype": str(dtype).removeprefix("torch."), "files": saved.file_hashes},
-            cost={"seconds": round(time.monotonic() - started, 1)},
+            cost=cost,
             task={"kind": kind.kind, "pipeline_tag": kind.pipeline_tag, "accuracy": kind.accuracy},
             **facts,
         )
@@ -191,6 +209,7 @@ def request_of(
     options: Options,
     test: ImageData | None,
     method: str = "tsc",
+    evidence: EvidenceSettings | None = None,
 ) -> dict[str, Any]:
     """What is asked for and has an effect on what comes of it, as the report keeps it."""
     effective = {k: v for k, v in arguments.items() if k not in NOT_REPORTED and not k.startswith(WITHOUT_EFFECT)}
@@ -204,6 +223,7 @@ def request_of(
         "probe_images": None if options.probe_images == usual.probe_images else options.probe_images,
         "test": test.describe() if test else None,
         **({} if method == "tsc" else {"method": method}),
+        **({} if evidence is None else {"evidence": asdict(evidence)}),
     }
 
 

@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 
 from hf_tsc.axes import Frozen
 from hf_tsc.curve_result import CurveResult
+from hf_tsc.evidence.rows import comparison_rows, trigger_rows
+from hf_tsc.evidence.settings import EvidenceSettings
 from hf_tsc.folders import CARD_FILE, PLOT_FILE, RECORD, REPORT_FILE, write_json
 from hf_tsc.permutation import PermutationSpec
 from hf_tsc.processes import number_of_processes
@@ -33,6 +35,7 @@ SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_accuracy_drop", "seed",
 )  # fmt: skip
 COMMAND_WIDTH = 100
+FLAG = object()  # the value of an option that takes none
 # Options of the command line -> what the description of a dataset calls it.
 DATASET_OPTIONS = {
     "dataset_config_name": "config_name",
@@ -68,6 +71,8 @@ class PurificationReport:
             not `purify`.
         method: of a baseline: its `name`, what it is called and does (`title`, `does`, `chosen`), its paper, and the
             `paths` that it left with the points `taken`; None for TSC.
+        evidence: of suspect (`before`) and result (`after`) without a trigger, and how far the two are apart; see
+            `hf_tsc.evidence.gather`. None where it was not asked for.
     """
 
     suspect: dict[str, Any]
@@ -92,6 +97,7 @@ class PurificationReport:
     )
     request: dict[str, Any] | None = None
     method: dict[str, Any] | None = None
+    evidence: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -130,6 +136,8 @@ class PurificationReport:
             dataset_name=plain(str(self.dataset["name"])),
             fingerprint=plain(str(self.dataset["fingerprint"])),
             rows=self.rows(),
+            trigger_rows=trigger_rows(self.evidence["before"], self.evidence["after"]) if self.evidence else [],
+            comparison_rows=comparison_rows(self.evidence) if self.evidence else [],
             settings=self._settings(),
             command=self.command(),
             paper=PAPER,
@@ -206,12 +214,12 @@ class PurificationReport:
         options |= {"budget": self.request["budget"], "held_out": self.request["held_out"]}
         options |= {"preset": self.request["preset"]} if self.request["preset"] != "default" else {}
         options |= self.request["arguments"]
-        options |= self._options_of_the_measures() | {"output_dir": "purified"}
+        options |= self._options_of_the_measures() | self._options_of_the_evidence() | {"output_dir": "purified"}
         lines = [f"hf-tsc purify {_word(self.suspect['repo_id'] or './' + self.suspect['name'])}"]
         for name, value in options.items():
             if value is None:
                 continue
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, list) else [] if value is FLAG else [value]
             words = " ".join([f"--{name}", *map(_word, values)])
             if len(lines[-1]) + len(words) < COMMAND_WIDTH:
                 lines[-1] += f" {words}"
@@ -239,6 +247,13 @@ class PurificationReport:
             else:
                 options["trigger"] = REPORT_FILE
         return options | {"prompt_template": request.get("templates"), "probe_images": request.get("probe_images")}
+
+    def _options_of_the_evidence(self) -> dict[str, Any]:
+        """Those that differ from the usual ones."""
+        asked, usual = (self.request or {}).get("evidence"), asdict(EvidenceSettings())
+        if asked is None:
+            return {}
+        return {"evidence": FLAG, **{f"evidence_{k}": v for k, v in asked.items() if v != usual[k]}}
 
     def rows(self) -> list[tuple[str, int, str, str]]:
         """Table rows: measure, n, before, after."""

@@ -9,6 +9,8 @@ import numpy as np
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack, Evaluator
+from hf_tsc.evidence.gather import find_triggers
+from hf_tsc.evidence.settings import EvidenceSettings
 from hf_tsc.hub import Source, load_image_processor, load_model, load_tokenizer
 from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.readers import LinearProbe
@@ -65,6 +67,29 @@ def evaluate_source(
         )
     on_device: Any = model
     return measure.measure(on_device.to(device), device=device)
+
+
+def search_source(
+    source: Source, data: ImageData, settings: EvidenceSettings, *, device: str = "cpu", progress: bool = False
+) -> dict[str, Any]:
+    """Search any kind of model for triggers, without knowing one; see `find_triggers`.
+
+    Args:
+        source: the checked model.
+        data: clean images; labels play no part.
+        settings: how much to search.
+        device: where to run.
+        progress: show a bar.
+
+    Raises:
+        UsageError: the model does not fit.
+    """
+    kind = task_of(source)
+    model, _ = load_model(source, auto_class=kind.auto_class)
+    kind.check_model(model, source)
+    images = pixel_dataset(data, np.arange(len(data.rows)), ImagePipeline(load_image_processor(source)))
+    on_device: Any = model
+    return find_triggers(on_device.to(device), kind, images, settings, progress=progress)
 
 
 def _probed(
