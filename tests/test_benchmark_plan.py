@@ -88,6 +88,7 @@ class TestCells:
         assert only.rows == {"suspect": (0, 100), "clean": (100, 200), "select": (0, 50), "report": (50, 90)}
         assert only.settings == GROUP["settings"]
         assert only.retuning == {"images": 50, "learning_rate": 0.01}
+        assert (only.reactivate, only.twin, only.suspects) == ((), None, [only.suspect])
         suspect = only.suspect
         assert (suspect.model, suspect.attack, suspect.seed, suspect.rows) == ("resnet", "badnets", 0, (0, 100))
         assert (suspect.config, suspect.image_size) == (CONTENT["models"]["resnet"]["config"], 8)
@@ -99,6 +100,14 @@ class TestCells:
         assert (only.points, only.report, only.retune, only.held_out) == (EVERY_TENTH, (), (), 0.2)
         assert EVERY_TENTH == (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
         assert (only.retuning, only.suspect.arguments) == ({}, {})
+
+    def test_reactivated_beside_the_clean_twin(self):
+        few = {"images": 30, "poisoned": 20}
+        made = plan((CELLS, {**GROUP, "retune": [0.5, 1], "reactivate": [1]}), ((*MODEL, "reactivation"), few))
+        (only,) = made.cells
+        assert (only.reactivate, only.reactivation) == ((1.0,), few)
+        assert only.twin == cell(((*CELLS, "attacks"), ["clean"])).suspect
+        assert made.suspects == only.suspects == [only.suspect, only.twin]
 
     def test_description(self):
         only = cell()
@@ -127,14 +136,47 @@ class TestIds:
     @pytest.mark.parametrize(
         "change",
         [
+            ((*CELLS, "reactivate"), [1]),
+            ((*MODEL, "reactivation", "epochs"), 3),
+            ((*ATTACK[:1], "clean", "trigger"), {"name": "blended"}),
+        ],
+        ids=["points", "settings", "twin"],
+    )
+    def test_of_a_reactivated_cell(self, change):
+        """They depend on how it is reactivated, and beside whom."""
+
+        def reactivated(*further):
+            group = {**GROUP, "retune": [0.5, 1], "reactivate": [0.5]}
+            few = {"images": 30, "poisoned": 20}
+            return cell((CELLS, group), ((*MODEL, "reactivation"), few), *further)
+
+        plain = cell((CELLS, {**GROUP, "retune": [0.5, 1]}))
+        assert len({plain.id, reactivated().id, reactivated(change).id}) == 3
+        assert reactivated().id == reactivated().id
+        assert reactivated(change).suspect.id == reactivated().suspect.id == plain.suspect.id
+
+    @pytest.mark.parametrize(
+        "change",
+        [
             ((*CELLS, "group"), "another name"),
             (("cells", 0, "settings"), {"learning_rate": 0.1, "steps": 3}),
             (("cells", 0, "points"), list(EVERY_TENTH)),
             (("cells", 0, "held_out"), 0.2),
             (("cells", 0, "grid"), {"learning_rate": [0.1]}),
             (("models", "vit", "image_size"), 16),
+            ((*MODEL, "reactivation"), {"epochs": 3}),
+            ((*CELLS, "reactivate"), []),
         ],
-        ids=["group", "order of keys", "points as they are", "held_out as it is", "grid of one", "another model"],
+        ids=[
+            "group",
+            "order of keys",
+            "points as they are",
+            "held_out as it is",
+            "grid of one",
+            "another model",
+            "how to reactivate nothing",
+            "nothing to reactivate",
+        ],
     )
     def test_are_the_same(self, change):
         assert cell(change).id == cell().id
@@ -248,6 +290,9 @@ class TestRefused:
             ((*CELLS, "report"), [2], r"points \[2\.0\]: expected numbers"),
             ((*CELLS, "retune"), [-1], r"points \[-1\.0\]: expected numbers"),
             ((*CELLS, "budget"), "many", "'many'"),
+            ((*CELLS, "reactivate"), [0.5], r"reactivate \[0\.5\]: expected points of retune"),
+            ((*MODEL, "reactivation"), {"epsilon": 2}, "epsilon=2: expected a number from 0 to 1"),
+            ((*MODEL, "reactivation"), {"epsilons": 2}, "epsilons"),
             (("rows", "clean"), [200, 100], r"rows of clean, \[200, 100\]: expected \[first, last \+ 1\]"),
             (("rows", "report"), [50, 50], r"rows of report, \[50, 50\]: expected"),
             (("rows", "select"), [-1, 50], r"rows of select, \[-1, 50\]: expected"),
@@ -258,6 +303,22 @@ class TestRefused:
     def test_wrong_value(self, tmp_path, path, value, message):
         with pytest.raises(UsageError, match=rf"plan\.yaml: .*{message}"):
             Plan.read(write(tmp_path, changed((path, value))))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ((*MODEL, "reactivation"), "reactivation draws 1000 of the 100 rows of suspect"),
+            ((*MODEL, "image_size"), "reactivation of pictures of 65 x 65 pixels"),
+            ((*ATTACK[:1], "clean"), "badnets is reactivated beside a clean model: add an attack with poison_rate 0"),
+        ],
+        ids=["images", "size", "twin"],
+    )
+    def test_reactivation(self, tmp_path, change, message):
+        changes = {(*MODEL, "reactivation"): {"images": 30, "poisoned": 20}}
+        changes[change] = {"reactivation": {}, "image_size": 65, "clean": LEFT_OUT}[change[-1]]
+        content = changed((CELLS, {**GROUP, "retune": [1], "reactivate": [1]}), *changes.items())
+        with pytest.raises(UsageError, match=message):
+            Plan.read(write(tmp_path, content))
 
     @pytest.mark.parametrize(
         ("trigger", "message"), [({"name": "nope"}, "trigger name 'nope'"), ({"name": "badnets", "size": 3}, "size")]

@@ -13,6 +13,7 @@ A plan is a YAML file:
         image_size: 32
         suspect: {num_train_epochs: 20}         # arguments of SuspectConfig
         retuning: {learning_rate: 0.01}         # arguments of Retuning
+        reactivation: {epochs: 50}              # arguments of Reactivation
         kind: classifier                        # or encoder, dual_encoder
         bad_encoder: {num_train_epochs: 5}      # of an encoder: arguments of SuspectConfig for such attacks
     attacks:
@@ -33,6 +34,7 @@ A plan is a YAML file:
         points: [0.5, 1.0]      # where the path is measured on select; 0, 0.1, ... 1 by default
         report: [0.5]           # where it is also measured on report
         retune: [0.5]           # and after the re-tuning attack
+        reactivate: [0.5]       # some of retune: also under query-based reactivation, beside the clean twin
 
 The seed of a cell makes its suspect, draws the clean images and trains.
 """
@@ -53,6 +55,7 @@ from transformers import AutoConfig
 
 from hf_tsc.benchmark.methods import METHODS, check_settings
 from hf_tsc.errors import UsageError
+from hf_tsc.reactivation import Reactivation, check_side
 from hf_tsc.retuning import Retuning
 from hf_tsc.suspects import SuspectConfig
 from hf_tsc.triggers import NEXT, Attack, Poisoning, TargetLabel, trigger_from_dict
@@ -96,7 +99,10 @@ class SuspectPlan:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a method, and where its result is measured."""
+    """One run of a method, and where its result is measured.
+
+    `twin` is the clean twin of the suspect, where points are reactivated.
+    """
 
     group: str
     suspect: SuspectPlan
@@ -109,15 +115,26 @@ class Cell:
     retune: tuple[float, ...]
     retuning: dict[str, Any]
     rows: dict[str, tuple[int, int]]
+    reactivate: tuple[float, ...] = ()
+    reactivation: dict[str, Any] = field(default_factory=dict)
+    twin: SuspectPlan | None = None
 
     @property
     def seed(self) -> int:
         return self.suspect.seed
 
     @property
+    def suspects(self) -> list[SuspectPlan]:
+        """The models that have to be there before it can run."""
+        return [self.suspect, *([self.twin] if self.twin is not None else [])]
+
+    @property
     def id(self) -> str:
         """Of everything that the result depends on, but the images; not of the group's name."""
-        content = {key: value for key, value in vars(self).items() if key not in ("group", "suspect")}
+        apart = ("group", "suspect", "reactivate", "reactivation", "twin")
+        content = {key: value for key, value in vars(self).items() if key not in apart}
+        if self.twin is not None:
+            content |= {"reactivate": self.reactivate, "reactivation": self.reactivation, "twin": self.twin.id}
         return _digest({**content, "suspect": self.suspect.id})
 
     def describe(self) -> dict[str, Any]:
@@ -149,7 +166,7 @@ class Plan:
     @property
     def suspects(self) -> list[SuspectPlan]:
         """In the order in which cells need them."""
-        return list({cell.suspect.id: cell.suspect for cell in self.cells}.values())
+        return list({suspect.id: suspect for cell in self.cells for suspect in cell.suspects}.values())
 
     @classmethod
     def read(cls, file: Path) -> Plan:
@@ -178,7 +195,7 @@ class Plan:
             if max(rows[one][0], rows[other][0]) < min(rows[one][1], rows[other][1]):
                 raise ValueError(f"rows of {one} and {other} overlap")
         for name, architecture in content["models"].items():
-            known = {"config", "image_size", "suspect", "retuning", "kind", "bad_encoder"}
+            known = {"config", "image_size", "suspect", "retuning", "reactivation", "kind", "bad_encoder"}
             _check_keys(architecture, known, f"model {name}")
             _check_kind(architecture.get("kind", KINDS[0]), f"model {name}")
         for name, attack in content["attacks"].items():
@@ -194,13 +211,16 @@ class Plan:
 
 def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str, tuple[int, int]]) -> Iterator[Cell]:
     known = {"group", "models", "attacks", "seeds", "budget", "held_out", "method", "settings", "grid", "points",
-             "report", "retune"}  # fmt: skip
+             "report", "retune", "reactivate"}  # fmt: skip
     _check_keys(entry, known, "a group of cells")
     if entry["method"] not in METHODS:
         raise ValueError(f"method {entry['method']!r}: expected one of {', '.join(METHODS)}")
     grid: dict[str, list[Any]] = entry.get("grid", {})
+    reactivate = _points(entry.get("reactivate", ()))
     for model, attack, seed in itertools.product(entry["models"], entry["attacks"], entry["seeds"]):
-        suspect = _suspect(content, model, attack, int(seed), rows["suspect"])
+        which = (content, model, attack, int(seed), rows["suspect"])
+        suspect = _suspect(*which)
+        twin = _clean_twin(*which, "is reactivated beside") if reactivate else None
         for values in itertools.product(*grid.values()):
             cell = Cell(
                 group=str(entry["group"]),
@@ -214,6 +234,9 @@ def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str,
                 retune=_points(entry.get("retune", ())),
                 retuning=dict(content["models"][model].get("retuning", {})),
                 rows=rows,
+                reactivate=reactivate,
+                reactivation=dict(content["models"][model].get("reactivation", {})),
+                twin=twin,
             )
             _check(cell)
             yield cell
@@ -231,7 +254,18 @@ def _check(cell: Cell) -> None:
     first, last = cell.suspect.rows
     if cell.retune and Retuning(**cell.retuning).images > last - first:
         raise ValueError(f"re-tuning draws {Retuning(**cell.retuning).images} of the {last - first} rows of suspect")
+    if cell.reactivate:
+        _check_reactivation(cell)
     check_settings(cell.method, cell.settings)
+
+
+def _check_reactivation(cell: Cell) -> None:
+    if more := sorted(set(cell.reactivate) - set(cell.retune)):
+        raise ValueError(f"reactivate {more}: expected points of retune, as reactivation needs the re-tuned model")
+    check_side(cell.suspect.image_size, cell.suspect.image_size)
+    how, (first, last) = Reactivation(**cell.reactivation), cell.suspect.rows
+    if how.images + how.poisoned > last - first:
+        raise ValueError(f"reactivation draws {how.images + how.poisoned} of the {last - first} rows of suspect")
 
 
 def _check_kind(kind: str, what: str) -> None:
@@ -255,16 +289,17 @@ def _suspect(content: Mapping[str, Any], model: str, attack: str, seed: int, row
     AutoConfig.for_model(**architecture["config"])
     SuspectConfig(output_dir="unused", use_cpu=True, **architecture.get("suspect", {}))
     Retuning(**architecture.get("retuning", {}))
+    Reactivation(**architecture.get("reactivation", {}))
     kind, arguments, start = architecture.get("kind", KINDS[0]), architecture.get("suspect", {}), None
     _check_fit(attack, how, kind, target, float(poisoning["poison_rate"]))
     if poisoning.get("method", "poison") == BAD_ENCODER:
         if kind != "encoder":
             raise ValueError(f"attack {attack} is for encoders, and {model} is none")
-        start = _start(content, model, attack, seed, rows)
+        start = _clean_twin(content, model, attack, seed, rows, "starts from")
         arguments = architecture.get(BAD_ENCODER, {})
         SuspectConfig(output_dir="unused", use_cpu=True, **arguments)
     elif how.surrogate and float(poisoning["poison_rate"]) > 0:
-        start = _start(content, model, attack, seed, rows)
+        start = _clean_twin(content, model, attack, seed, rows, "starts from")
     elif "method" in poisoning and poisoning["method"] != "poison":
         raise ValueError(f"method {poisoning['method']!r} of attack {attack}: expected poison or {BAD_ENCODER}")
     return SuspectPlan(
@@ -283,12 +318,14 @@ def _suspect(content: Mapping[str, Any], model: str, attack: str, seed: int, row
     )
 
 
-def _start(content: Mapping[str, Any], model: str, attack: str, seed: int, rows: tuple[int, int]) -> SuspectPlan:
-    """The clean model that an attack starts from: of the plan's attack without poison."""
+def _clean_twin(
+    content: Mapping[str, Any], model: str, attack: str, seed: int, rows: tuple[int, int], what_for: str
+) -> SuspectPlan:
+    """The clean model that an attack starts from, or that it is compared with: of the plan's attack without poison."""
     for name, other in content["attacks"].items():
         if float(other["poison_rate"]) == 0 and "method" not in other:
             return _suspect(content, model, name, seed, rows)
-    raise ValueError(f"attack {attack} starts from a clean model: add an attack with poison_rate 0")
+    raise ValueError(f"attack {attack} {what_for} a clean model: add an attack with poison_rate 0")
 
 
 def _check_fit(attack: str, how: Poisoning, kind: str, target: TargetLabel, poison_rate: float) -> None:
