@@ -50,7 +50,7 @@ def changed(*changes):
         if value is LEFT_OUT:
             del place[path[-1]]
         else:
-            place[path[-1]] = value
+            place[path[-1]] = copy.deepcopy(value)  # which later changes may change
     return content
 
 
@@ -126,6 +126,59 @@ class TestCells:
     def test_suspects_once_each_in_the_order_of_cells(self):
         made = groups({"seeds": [1, 0]}, {"method": "tsc", "settings": {}, "seeds": [0, 2]})
         assert [suspect.seed for suspect in made.suspects] == [1, 0, 2]
+
+
+KNOWING = {**CONTENT["attacks"]["badnets"], "method": "adaptive", "settings": {"bend_steps": 3}}
+
+
+class TestAdaptive:
+    def suspect(self, *changes):
+        (only,) = plan((("attacks", "knowing"), KNOWING), ((*CELLS, "attacks"), ["knowing"]), *changes).suspects
+        return only
+
+    def test_starts_from_the_suspect_of_the_same_poison(self):
+        found = self.suspect(((*MODEL, "adaptive"), {"learning_rate": 1e-4}))
+        assert found.start == cell().suspect
+        assert found.adaptive == {"bend_steps": 3}
+        assert found.arguments == {"num_train_epochs": 1, "learning_rate": 1e-4}
+        assert (found.trigger, found.poison_rate) == ({"name": "badnets"}, 0.1)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            (("attacks", "knowing", "settings"), {"bend_steps": 4}),
+            ((*MODEL, "adaptive"), {"learning_rate": 1e-4}),
+            ((*MODEL, "suspect", "num_train_epochs"), 2),
+        ],
+        ids=["settings", "arguments", "base"],
+    )
+    def test_ids(self, change):
+        assert self.suspect(change).id != self.suspect().id
+        assert self.suspect().id.removeprefix("resnet-knowing") != cell().suspect.id.removeprefix("resnet-badnets")
+
+    def test_says_nothing_to_other_suspects(self):
+        assert cell(((*MODEL, "adaptive"), {"learning_rate": 1e-4})).id == cell().id
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"target_label": 1},
+                "starts from a suspect: add an attack with the same trigger, target_label",
+            ),
+            ({"poison_rate": 0}, "knowing is adaptive: expected a classifier, a poison_rate above 0"),
+            ({"trigger": {"name": "lc"}}, "knowing is adaptive: expected a classifier"),
+            ({"settings": {"renew_steps": 0}}, "renew_steps=0: expected a whole number"),
+            ({"settings": {"renew": 1}}, "renew"),
+            ({"method": "poison"}, "attack knowing has settings: those are for the method adaptive"),
+            ({"method": "knowing"}, "method 'knowing' of attack knowing: expected poison, bad_encoder or adaptive"),
+        ],
+        ids=lambda value: str(value) if isinstance(value, dict) else "",
+    )
+    def test_refused(self, tmp_path, change, message):
+        content = changed((("attacks", "knowing"), {**KNOWING, **change}), ((*CELLS, "attacks"), ["knowing"]))
+        with pytest.raises(UsageError, match=message):
+            Plan.read(write(tmp_path, content))
 
 
 class TestIds:

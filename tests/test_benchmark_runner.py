@@ -838,7 +838,7 @@ class TestOtherKinds:
             (
                 {"attacks": ["odd"]},
                 {"attacks": {"odd": {**ATTACK, "method": "magic"}}},
-                "method 'magic' of attack odd: expected poison or bad_encoder",
+                "method 'magic' of attack odd: expected poison, bad_encoder or adaptive",
             ),
         ],
     )

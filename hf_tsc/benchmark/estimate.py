@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from hf_tsc.baselines.registry import BASELINES, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import Line
-from hf_tsc.benchmark.plan import Cell, SuspectPlan
+from hf_tsc.benchmark.plan import Cell
+from hf_tsc.benchmark.suspect_plan import SuspectPlan
 from hf_tsc.benchmark.suspects import TASKS, is_trained
 from hf_tsc.derive import example_inputs
 

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from hf_tsc.benchmark.cells import run_cell
 from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import Line, open_lines, read_lines
-from hf_tsc.benchmark.plan import Cell, Plan, SuspectPlan
+from hf_tsc.benchmark.plan import Cell, Plan
+from hf_tsc.benchmark.suspect_plan import SuspectPlan
 from hf_tsc.benchmark.suspects import is_trained, train
 from hf_tsc.errors import PurificationError, UsageError
 
