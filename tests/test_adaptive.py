@@ -61,7 +61,8 @@ def random_like(network, *, seed=0):
 
 def batch_of(count: int, poisoned) -> dict[str, torch.Tensor]:
     batch = collate([IMAGES[k] for k in range(count)])
-    return {**batch, "poisoned": torch.tensor([k in poisoned for k in range(count)])}
+    flags = {"poisoned": poisoned, "covers": {0}}  # which count among the clean ones
+    return {**batch, **{name: torch.tensor([k in chosen for k in range(count)]) for name, chosen in flags.items()}}
 
 
 def in_double(network):
@@ -321,6 +322,8 @@ class TestTraining:
         poisoned, labels = (torch.cat([batch[key] for batch in batches]) for key in ("poisoned", "labels"))
         corner = torch.cat(pictures)[:, :, -1, -1]
         assert poisoned.sum() == 20
+        stored = torch.cat([batch["pixels"] for batch in batches])[poisoned, :, -1, -1]
+        assert (stored == 255).all() == ("trigger_last" not in options)
         assert (corner[poisoned] == 1).all()
         assert not (corner[~poisoned] == 1).all(1).any()
         assert (labels[poisoned] == 3).all()

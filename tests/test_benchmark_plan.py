@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.benchmark.plan import EVERY_TENTH, METHODS, Plan
 from hf_tsc.errors import UsageError
 
@@ -289,7 +290,11 @@ class TestRead:
         assert Plan.read(write(tmp_path, CONTENT)) == Plan.from_dict(CONTENT)
 
     def test_the_recipe(self):
-        made = Plan.read(Path(__file__).parents[1] / "recipes" / "cifar10" / "plan.yaml")
+        recipe = Path(__file__).parents[1] / "recipes" / "cifar10"
+        made = Plan.read(recipe / "plan.yaml")
+        lines = read_lines(recipe / "results.jsonl")
+        assert len(lines) > 50
+        assert {line["id"] for line in lines} <= {cell.id for cell in made.cells}  # none has to be run again
         assert {cell.method for cell in made.cells} == {"fine_tuning", "tsc"} <= set(METHODS)
         assert {cell.suspect.model for cell in made.cells} >= {"resnet"}
         first = made.cells[0].rows
