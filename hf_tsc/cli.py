@@ -17,7 +17,7 @@ from typing import Any
 import huggingface_hub
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel, ViTImageProcessorPil
 
 from hf_tsc import __version__
 from hf_tsc.architectures.table import as_text, read_table
@@ -58,7 +58,7 @@ from hf_tsc.errors import HfTscError, PurificationError, SomeFailedError, UsageE
 from hf_tsc.evaluation import Attack
 from hf_tsc.evidence.rows import NO_VERDICT, comparison_rows, trigger_rows
 from hf_tsc.folders import REPORT_FILE
-from hf_tsc.hub import check_push, load_image_processor, load_model, push_folder, resolve_model
+from hf_tsc.hub import Source, check_push, load_image_processor, load_model, push_folder, resolve_model
 from hf_tsc.hub.folder import some
 from hf_tsc.hub.push import check_folder_to_push
 from hf_tsc.images import ImagePipeline
@@ -80,8 +80,10 @@ from hf_tsc.spec_text import describe_spec
 from hf_tsc.specs import spec_of
 from hf_tsc.suspects import (
     RECORD,
+    Adaptive,
     Surrogate,
     SuspectConfig,
+    adapt_suspect,
     backdoor_encoder,
     train_dual_encoder,
     train_encoder,
@@ -354,10 +356,10 @@ def _list_architectures(*, as_json: bool) -> None:
 
 def train_suspect_command(argv: Sequence[str]) -> None:
     """Train a backdoored model (or with --poison_rate 0 a clean one)."""
-    types = (DataArguments, AttackArguments, SuspectArguments, SuspectConfig)
-    help_text = "config.json of the model; for a bad_encoder the folder of a clean encoder"
+    types = (DataArguments, AttackArguments, SuspectArguments, Adaptive, SuspectConfig)
+    help_text = "config.json of the model; the folder of a clean encoder (bad_encoder) or of a suspect (adaptive)"
     parser = command_parser("train-suspect", types, positional="CONFIG", help=help_text)
-    data_args, attack_args, args, config, rest = parse(parser, argv)
+    data_args, attack_args, args, adaptive, config, rest = parse(parser, argv)
     given = given_options(parser, argv)
     if "output_dir" not in given:
         raise UsageError("--output_dir is missing: name the folder for the suspect")
@@ -368,8 +370,12 @@ def train_suspect_command(argv: Sequence[str]) -> None:
         )
     if args.surrogate is not None and (attack is None or not attack.trigger.poisoning.surrogate):
         raise UsageError(f"--surrogate {args.surrogate} is for {_with_surrogate()}")
+    if args.kind != "adaptive" and (unused := [f.name for f in fields(Adaptive) if f.name in given]):
+        raise UsageError(f"--{unused[0]} is for --kind adaptive")
     if args.kind == "bad_encoder":
         _train_bad_encoder(Path(rest.config), data_args.open(), config, attack)
+    elif args.kind == "adaptive":
+        _train_adaptive(Path(rest.config), data_args.open(), config, attack, args.poison_rate, adaptive)
     else:
         _train_poisoned(Path(rest.config), data_args.open(), config, attack, args)
     print(f"The suspect and its {RECORD} are in {config.output_dir}")
@@ -394,12 +400,17 @@ def _train_poisoned(
 
 
 def _load_surrogate(folder: Path, data: ImageData) -> Surrogate:
+    source, model = _load_classifier(folder, data, f"--surrogate {folder}", "a clean image classifier")
+    return Surrogate(model, ImagePipeline(load_image_processor(source)), folder.name)
+
+
+def _load_classifier(folder: Path, data: ImageData, what: str, expected: str) -> tuple[Source, PreTrainedModel]:
     source = resolve_model(str(folder), local=True)
     if (kind := task_of(source)) is not Classification:
-        raise UsageError(f"--surrogate {folder} holds an {kind.kind}: expected a clean image classifier")
+        raise UsageError(f"{what} holds an {kind.kind}: expected {expected}")
     model, _ = load_model(source, auto_class=AutoModelForImageClassification)
     check_labels(data, model)
-    return Surrogate(model.eval(), ImagePipeline(load_image_processor(source)), folder.name)
+    return source, model.eval()
 
 
 def _with_surrogate() -> str:
@@ -415,6 +426,21 @@ def _train_bad_encoder(folder: Path, data: ImageData, config: SuspectConfig, att
     clean, _ = load_model(source, auto_class=AutoModel)
     Encoding.check_model(clean, source)
     backdoor_encoder(clean, load_image_processor(source), data, args=config, attack=attack)
+
+
+def _train_adaptive(
+    folder: Path,
+    data: ImageData,
+    config: SuspectConfig,
+    attack: Attack | None,
+    poison_rate: float | None,
+    settings: Adaptive,
+) -> None:
+    if attack is None:
+        raise UsageError("--poison_rate 0 with --kind adaptive: there is no backdoor to keep; give a share above 0")
+    source, base = _load_classifier(folder, data, str(folder), "a backdoored image classifier")
+    how: dict[str, Any] = {"args": config, "attack": attack, "poison_rate": poison_rate, "settings": settings}
+    adapt_suspect(base, load_image_processor(source), data, **how)
 
 
 def _read_model_config(file: Path) -> Any:

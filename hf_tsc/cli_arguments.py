@@ -247,7 +247,7 @@ class SpecArguments:
 
 
 # None: of the trigger's own attack
-POISON_RATES = {"classifier": None, "encoder": 0.01, "dual_encoder": 0.05, "bad_encoder": None}
+POISON_RATES = {"classifier": None, "encoder": 0.01, "dual_encoder": 0.05, "bad_encoder": None, "adaptive": None}
 
 
 @dataclass
@@ -258,7 +258,8 @@ class SuspectArguments:
         default=None,
         metadata={
             "help": "classifier, encoder (by SimCLR; poison of the target class), bad_encoder (CONFIG is a clean "
-            "encoder) or dual_encoder; by the configuration's type where it is not given.",
+            "encoder), dual_encoder or adaptive (CONFIG is a backdoored classifier, which is tuned to withstand TSC); "
+            "by the configuration's type where it is not given.",
             "choices": list(POISON_RATES),
         },
     )

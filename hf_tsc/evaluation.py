@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
-from hf_tsc.images import ImagePipeline, PixelDataset, collate, pixel_dataset
+from hf_tsc.images import ImagePipeline, PixelDataset, collate, pixel_dataset, to_unit_interval
 from hf_tsc.metrics import AttackSuccessRate, CleanAccuracy, RobustAccuracy
 from hf_tsc.objectives import Forward, logits_of
 from hf_tsc.triggers import Attack
@@ -47,6 +47,7 @@ Predict = Callable[[Tensor], Tensor]  # model inputs (n, 3, H, W) -> classes, in
 # Makes, for a network on a device, the function that gives the classes of its inputs; what has to be fitted is fitted
 # here, on images of the reader's own.
 Reader = Callable[[Forward, str | torch.device], Predict]
+Change = Callable[[Tensor], Tensor]  # pictures (n, 3, H, W) in [0, 1] -> the same
 
 
 def read_logits(forward: Forward, device: str | torch.device) -> Predict:
@@ -61,12 +62,14 @@ def map_batches(
     *,
     batch_size: int = 128,
     device: str | torch.device = "cpu",
+    change: Change | None = None,
 ) -> Tensor:
-    """What a function of model inputs gives for all items, (n, ...) on the CPU."""
+    """What a function of model inputs gives for all items, (n, ...) on the CPU; `change` changes their pictures."""
     # a generator of its own: measuring must not touch the global random state, on which dropout depends
     loader: Any = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, generator=torch.Generator())
-    inputs = (dataset.pipeline.model_input(batch["pixels"].to(device)) for batch in loader)
-    return torch.cat([function(one).cpu() for one in inputs])
+    pictures = (to_unit_interval(batch["pixels"].to(device)) for batch in loader)
+    changed = pictures if change is None else map(change, pictures)
+    return torch.cat([function(dataset.pipeline.normalize(one)).cpu() for one in changed])
 
 
 class Evaluator:
@@ -137,18 +140,20 @@ class Evaluator:
         """Of a model or callable."""
         return self._accuracy(self.reader(forward, device), device)
 
-    def attack_success_rate(self, forward: Forward, *, device: str | torch.device = "cpu") -> float:
-        """Of a model or callable; needs an attack."""
-        return self._fooled(self.reader(forward, device), device)["attack_success_rate"]
+    def attack_success_rate(
+        self, forward: Forward, *, device: str | torch.device = "cpu", change: Change | None = None
+    ) -> float:
+        """Of a model or callable; needs an attack. `change` comes after the trigger."""
+        return self._fooled(self.reader(forward, device), device, change)["attack_success_rate"]
 
     def _accuracy(self, predict: Predict, device: str | torch.device) -> float:
         predictions = map_batches(predict, self.clean, device=device)
         return CleanAccuracy().compute(predictions=predictions, references=self.clean.labels)["accuracy"]
 
-    def _fooled(self, predict: Predict, device: str | torch.device) -> dict[str, Any]:
+    def _fooled(self, predict: Predict, device: str | torch.device, change: Change | None = None) -> dict[str, Any]:
         assert self.triggered is not None
         assert self.wanted is not None
-        predictions = map_batches(predict, self.triggered, device=device)
+        predictions = map_batches(predict, self.triggered, device=device, change=change)
         found: dict[str, Any] = {}
         for metric in (AttackSuccessRate, RobustAccuracy):
             made = metric(target_label=self.wanted)

@@ -242,7 +242,7 @@ class TSCConfig(TrainingArguments):
             objectives: those that fit it; the family's own default counts where it is among them, else the first.
             overrides: fields and their values.
         """
-        family = BATCH_NORM_DEFAULTS if batch_norm_buffers(model) else TRANSFORMER_DEFAULTS
+        family = family_defaults(model)
         chosen = family["objective"] if family["objective"] in objectives else objectives[0]
         objective = overrides.get("objective", chosen)
         return cls(**{**family, "objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides})
@@ -313,6 +313,11 @@ class TSCConfig(TrainingArguments):
             )
         if self.load_best_model_at_end:
             raise UsageError("load_best_model_at_end: there is no best step across curves; use max_accuracy_drop")
+
+
+def family_defaults(model: nn.Module) -> dict[str, Any]:
+    """What differs from the defaults of `TSCConfig` for networks with BatchNorm layers, or for those without."""
+    return BATCH_NORM_DEFAULTS if batch_norm_buffers(model) else TRANSFORMER_DEFAULTS
 
 
 def reported_arguments(config: TSCConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.benchmark.plan import EVERY_TENTH, METHODS, Plan
 from hf_tsc.errors import UsageError
 
@@ -50,7 +51,7 @@ def changed(*changes):
         if value is LEFT_OUT:
             del place[path[-1]]
         else:
-            place[path[-1]] = value
+            place[path[-1]] = copy.deepcopy(value)  # which later changes may change
     return content
 
 
@@ -88,6 +89,7 @@ class TestCells:
         assert only.rows == {"suspect": (0, 100), "clean": (100, 200), "select": (0, 50), "report": (50, 90)}
         assert only.settings == GROUP["settings"]
         assert only.retuning == {"images": 50, "learning_rate": 0.01}
+        assert (only.reactivate, only.twin, only.suspects) == ((), None, [only.suspect])
         suspect = only.suspect
         assert (suspect.model, suspect.attack, suspect.seed, suspect.rows) == ("resnet", "badnets", 0, (0, 100))
         assert (suspect.config, suspect.image_size) == (CONTENT["models"]["resnet"]["config"], 8)
@@ -99,6 +101,14 @@ class TestCells:
         assert (only.points, only.report, only.retune, only.held_out) == (EVERY_TENTH, (), (), 0.2)
         assert EVERY_TENTH == (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
         assert (only.retuning, only.suspect.arguments) == ({}, {})
+
+    def test_reactivated_beside_the_clean_twin(self):
+        few = {"images": 30, "poisoned": 20}
+        made = plan((CELLS, {**GROUP, "retune": [0.5, 1], "reactivate": [1]}), ((*MODEL, "reactivation"), few))
+        (only,) = made.cells
+        assert (only.reactivate, only.reactivation) == ((1.0,), few)
+        assert only.twin == cell(((*CELLS, "attacks"), ["clean"])).suspect
+        assert made.suspects == only.suspects == [only.suspect, only.twin]
 
     def test_description(self):
         only = cell()
@@ -119,10 +129,85 @@ class TestCells:
         assert [suspect.seed for suspect in made.suspects] == [1, 0, 2]
 
 
+KNOWING = {**CONTENT["attacks"]["badnets"], "method": "adaptive", "settings": {"bend_steps": 3}}
+
+
+class TestAdaptive:
+    def suspect(self, *changes):
+        (only,) = plan((("attacks", "knowing"), KNOWING), ((*CELLS, "attacks"), ["knowing"]), *changes).suspects
+        return only
+
+    def test_starts_from_the_suspect_of_the_same_poison(self):
+        found = self.suspect(((*MODEL, "adaptive"), {"learning_rate": 1e-4}))
+        assert found.start == cell().suspect
+        assert found.adaptive == {"bend_steps": 3}
+        assert found.arguments == {"num_train_epochs": 1, "learning_rate": 1e-4}
+        assert (found.trigger, found.poison_rate) == ({"name": "badnets"}, 0.1)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            (("attacks", "knowing", "settings"), {"bend_steps": 4}),
+            ((*MODEL, "adaptive"), {"learning_rate": 1e-4}),
+            ((*MODEL, "suspect", "num_train_epochs"), 2),
+        ],
+        ids=["settings", "arguments", "base"],
+    )
+    def test_ids(self, change):
+        assert self.suspect(change).id != self.suspect().id
+        assert self.suspect().id.removeprefix("resnet-knowing") != cell().suspect.id.removeprefix("resnet-badnets")
+
+    def test_says_nothing_to_other_suspects(self):
+        assert cell(((*MODEL, "adaptive"), {"learning_rate": 1e-4})).id == cell().id
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"target_label": 1},
+                "starts from a suspect: add an attack with the same trigger, target_label",
+            ),
+            ({"poison_rate": 0}, "knowing is adaptive: expected a classifier, a poison_rate above 0"),
+            ({"trigger": {"name": "lc"}}, "knowing is adaptive: expected a classifier"),
+            ({"settings": {"renew_steps": 0}}, "renew_steps=0: expected a whole number"),
+            ({"settings": {"renew": 1}}, "renew"),
+            ({"method": "poison"}, "attack knowing has settings: those are for the method adaptive"),
+            ({"method": "knowing"}, "method 'knowing' of attack knowing: expected poison, bad_encoder or adaptive"),
+        ],
+        ids=lambda value: str(value) if isinstance(value, dict) else "",
+    )
+    def test_refused(self, tmp_path, change, message):
+        content = changed((("attacks", "knowing"), {**KNOWING, **change}), ((*CELLS, "attacks"), ["knowing"]))
+        with pytest.raises(UsageError, match=message):
+            Plan.read(write(tmp_path, content))
+
+
 class TestIds:
     def test_stay_what_they_are(self):
         """Results and suspects of earlier runs are found by them: in another process, on another machine."""
         assert (cell().id, cell().suspect.id) == ("52feed37c4", "resnet-badnets-0-edd2fbcfd3")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            ((*CELLS, "reactivate"), [1]),
+            ((*MODEL, "reactivation", "epochs"), 3),
+            ((*ATTACK[:1], "clean", "trigger"), {"name": "blended"}),
+        ],
+        ids=["points", "settings", "twin"],
+    )
+    def test_of_a_reactivated_cell(self, change):
+        """They depend on how it is reactivated, and beside whom."""
+
+        def reactivated(*further):
+            group = {**GROUP, "retune": [0.5, 1], "reactivate": [0.5]}
+            few = {"images": 30, "poisoned": 20}
+            return cell((CELLS, group), ((*MODEL, "reactivation"), few), *further)
+
+        plain = cell((CELLS, {**GROUP, "retune": [0.5, 1]}))
+        assert len({plain.id, reactivated().id, reactivated(change).id}) == 3
+        assert reactivated().id == reactivated().id
+        assert reactivated(change).suspect.id == reactivated().suspect.id == plain.suspect.id
 
     @pytest.mark.parametrize(
         "change",
@@ -133,8 +218,19 @@ class TestIds:
             (("cells", 0, "held_out"), 0.2),
             (("cells", 0, "grid"), {"learning_rate": [0.1]}),
             (("models", "vit", "image_size"), 16),
+            ((*MODEL, "reactivation"), {"epochs": 3}),
+            ((*CELLS, "reactivate"), []),
         ],
-        ids=["group", "order of keys", "points as they are", "held_out as it is", "grid of one", "another model"],
+        ids=[
+            "group",
+            "order of keys",
+            "points as they are",
+            "held_out as it is",
+            "grid of one",
+            "another model",
+            "how to reactivate nothing",
+            "nothing to reactivate",
+        ],
     )
     def test_are_the_same(self, change):
         assert cell(change).id == cell().id
@@ -194,7 +290,11 @@ class TestRead:
         assert Plan.read(write(tmp_path, CONTENT)) == Plan.from_dict(CONTENT)
 
     def test_the_recipe(self):
-        made = Plan.read(Path(__file__).parents[1] / "recipes" / "cifar10" / "plan.yaml")
+        recipe = Path(__file__).parents[1] / "recipes" / "cifar10"
+        made = Plan.read(recipe / "plan.yaml")
+        lines = read_lines(recipe / "results.jsonl")
+        assert len(lines) > 50
+        assert {line["id"] for line in lines} <= {cell.id for cell in made.cells}  # none has to be run again
         assert {cell.method for cell in made.cells} == {"fine_tuning", "tsc"} <= set(METHODS)
         assert {cell.suspect.model for cell in made.cells} >= {"resnet"}
         first = made.cells[0].rows
@@ -248,6 +348,9 @@ class TestRefused:
             ((*CELLS, "report"), [2], r"points \[2\.0\]: expected numbers"),
             ((*CELLS, "retune"), [-1], r"points \[-1\.0\]: expected numbers"),
             ((*CELLS, "budget"), "many", "'many'"),
+            ((*CELLS, "reactivate"), [0.5], r"reactivate \[0\.5\]: expected points of retune"),
+            ((*MODEL, "reactivation"), {"epsilon": 2}, "epsilon=2: expected a number from 0 to 1"),
+            ((*MODEL, "reactivation"), {"epsilons": 2}, "epsilons"),
             (("rows", "clean"), [200, 100], r"rows of clean, \[200, 100\]: expected \[first, last \+ 1\]"),
             (("rows", "report"), [50, 50], r"rows of report, \[50, 50\]: expected"),
             (("rows", "select"), [-1, 50], r"rows of select, \[-1, 50\]: expected"),
@@ -258,6 +361,22 @@ class TestRefused:
     def test_wrong_value(self, tmp_path, path, value, message):
         with pytest.raises(UsageError, match=rf"plan\.yaml: .*{message}"):
             Plan.read(write(tmp_path, changed((path, value))))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ((*MODEL, "reactivation"), "reactivation draws 1000 of the 100 rows of suspect"),
+            ((*MODEL, "image_size"), "reactivation of pictures of 65 x 65 pixels"),
+            ((*ATTACK[:1], "clean"), "badnets is reactivated beside a clean model: add an attack with poison_rate 0"),
+        ],
+        ids=["images", "size", "twin"],
+    )
+    def test_reactivation(self, tmp_path, change, message):
+        changes = {(*MODEL, "reactivation"): {"images": 30, "poisoned": 20}}
+        changes[change] = {"reactivation": {}, "image_size": 65, "clean": LEFT_OUT}[change[-1]]
+        content = changed((CELLS, {**GROUP, "retune": [1], "reactivate": [1]}), *changes.items())
+        with pytest.raises(UsageError, match=message):
+            Plan.read(write(tmp_path, content))
 
     @pytest.mark.parametrize(
         ("trigger", "message"), [({"name": "nope"}, "trigger name 'nope'"), ({"name": "badnets", "size": 3}, "size")]

@@ -126,6 +126,16 @@ class TestTables:
     def test_numbers_are_set_to_the_right(self):
         assert markdown(["a", "b"], [["x", "1.0"], ["y", ""]]).splitlines()[1] == "| --- | ---: |"
 
+    def test_reactivation_has_columns_where_something_was_reactivated(self):
+        woken = {"plain": 0.1, "reactivated": 0.6, "twin_plain": 0.01, "twin": 0.05}
+        lines = [line(seed=seed, points=[point(0.5, 0.7, 0.68, 0.1, reactivated=woken)]) for seed in (0, 1)]
+        head = group_table([*lines, tuned()]).splitlines()[0]
+        assert head.endswith("| re-tuned ACC | re-tuned ASR | reactivated ASR | clean twin's ASR |")
+        rows = {row[2]: row[-2:] for row in rows_of(group_table([*lines, tuned()]))}
+        assert rows["TSC"] == ["60.0 ± 0.0", "5.0 ± 0.0"]
+        assert rows["fine-tuning"] == ["", ""]
+        assert "reactivated" not in group_table([line(), tuned()])
+
     def test_failures_are_told(self):
         text = tables([line(), line(error="the loss is nan", id="bad", settings={"learning_rate": 9})])
         assert "- bad: the loss is nan" in text

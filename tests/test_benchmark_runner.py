@@ -14,7 +14,7 @@ import time
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,10 @@ from hf_tsc.benchmark.plan import Plan
 from hf_tsc.benchmark.runner import Progress, cells_to_run, lines_of, run_plan, summary
 from hf_tsc.cli import main
 from hf_tsc.errors import PurificationError, UsageError
-from hf_tsc.evaluation import Attack, evaluate_model
+from hf_tsc.evaluation import Attack, Evaluator, evaluate_model
 from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.job import DataArguments
+from hf_tsc.reactivation import Reactivation, reactivate
 from hf_tsc.retuning import Retuning, retune
 from hf_tsc.triggers import BadNets
 
@@ -427,6 +428,84 @@ class TestChoice:
         assert waiting == [first, plan_of({**TUNING, "group": "g", "grid": {"steps": [2]}}).cells[0]]
 
 
+REACTIVATION = {"images": 40, "poisoned": 20, "hidden": 16, "epochs": 2, "batch_size": 16}
+WOKEN = {**TUNING, "group": "g", "points": [0], "retune": [0, 1], "reactivate": [1]}
+
+
+class TestReactivation:
+    """Cells that need the clean twin beside their suspect."""
+
+    def plan(self, **changes) -> Plan:
+        content = content_of({**WOKEN, **changes})
+        content["models"]["resnet"]["reactivation"] = REACTIVATION
+        return Plan.from_dict(content)
+
+    def test_a_line(self, images, tmp_path):
+        """The end of the line, made by hand, against the twin that the run has trained."""
+        plan = self.plan()
+        (cell,) = plan.cells
+        progress, said = run(plan, images, tmp_path / "r", tmp_path / "s")
+        assert (progress.finished, progress.failed) == (1, [])
+        assert said[:2] == [f"suspect {cell.suspect.id}", f"suspect {cell.twin.id}"]
+        (line,) = read_lines(tmp_path / "r")
+        points = {point["t"]: point for point in line["paths"][0]["points"]}
+        assert {t for t, point in points.items() if "reactivated" in point} == {1.0}
+        cache = tmp_path / "s" / images.hash
+        suspect, twin = (suspects.load(one, cache)[1] for one in cell.suspects)
+        pipeline, attack = ImagePipeline(processor()), Attack(BadNets(), 0)
+        clean = pixel_dataset(images.train, images.clean_rows(cell).train, pipeline)
+        purified = fine_tune(suspect, clean, FineTuning(**cell.settings), seed=0, use_cpu=True)
+        rows = np.arange(*CONTENT["rows"]["suspect"])
+        tuned = retune(purified, images.train, rows, pipeline, attack, Retuning(**RETUNING), seed=0, use_cpu=True)
+        on = {"num_classes": 10, "attack": attack, "indices": np.arange(*CONTENT["rows"]["report"])}
+        evaluator = Evaluator(images.test, pipeline, **on)
+        expected = reactivate(
+            purified, tuned, twin, images.train, rows, evaluator, Reactivation(**REACTIVATION), seed=0
+        )
+        found = dict(points[1.0]["reactivated"])
+        assert found.pop("settings").items() >= REACTIVATION.items()
+        assert found == pytest.approx(asdict(expected), abs=1e-6)
+
+    def test_what_is_next(self, tmp_path):
+        """The twin, too, is trained before its cell is run."""
+        (cell,) = waiting = self.plan().cells
+        assert runner._next(waiting, [], tmp_path) == cell.suspect
+        assert runner._next(waiting, [cell.suspect], tmp_path) == cell.twin
+        assert runner._next(waiting, cell.suspects, tmp_path) is None
+        for suspect, wanted in ((cell.suspect, cell.twin), (cell.twin, cell)):
+            (tmp_path / suspect.id).mkdir()
+            (tmp_path / suspect.id / "suspect.json").touch()
+            assert runner._next(waiting, [], tmp_path) == wanted
+
+    def test_a_twin_that_fails_takes_its_cells_along(self, images, tmp_path, monkeypatch):
+        plan = self.plan(grid={"learning_rate": [0.1, 0.05]})
+
+        def broken(suspect, *args, real=runner.train):
+            if suspect.attack == "clean":
+                raise UsageError("no")
+            return real(suspect, *args)
+
+        monkeypatch.setattr(runner, "train", broken)
+        progress, said = run(plan, images, tmp_path / "r", tmp_path / "s")
+        assert (progress.finished, progress.failed) == (0, [cell.id for cell in plan.cells])
+        assert said[-1].startswith(f"failed: suspect {plan.cells[0].twin.id}, with its 2 cells")
+
+    def test_so_does_a_model_that_a_suspect_is_made_of(self, images, tmp_path, monkeypatch):
+        content = content_of({**TUNING, "group": "g", "attacks": ["lc"]})
+        content["attacks"]["lc"] = {**ATTACK, "trigger": {"name": "lc", "steps": 1}, "poison_rate": 0.05}
+        plan = Plan.from_dict(content)
+        tried = []
+
+        def broken(suspect, *args):
+            tried.append(suspect.id)
+            raise UsageError("no")
+
+        monkeypatch.setattr(runner, "train", broken)
+        progress, _ = run(plan, images, tmp_path / "r", tmp_path / "s")
+        assert tried == [plan.cells[0].suspect.start.id]
+        assert progress.failed == [plan.cells[0].id]
+
+
 class TestRefused:
     @pytest.fixture(autouse=True)
     def nothing_is_run(self, monkeypatch):
@@ -771,7 +850,7 @@ class TestOtherKinds:
             (
                 {"attacks": ["odd"]},
                 {"attacks": {"odd": {**ATTACK, "method": "magic"}}},
-                "method 'magic' of attack odd: expected poison or bad_encoder",
+                "method 'magic' of attack odd: expected poison, bad_encoder or adaptive",
             ),
         ],
     )

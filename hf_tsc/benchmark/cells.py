@@ -27,6 +27,7 @@ from hf_tsc.hub import load_tokenizer
 from hf_tsc.images import ImagePipeline, collate, pixel_dataset
 from hf_tsc.objectives import Forward, ImageClassification
 from hf_tsc.permutation import Params
+from hf_tsc.reactivation import Reactivation, reactivate
 from hf_tsc.readers import LinearProbe
 from hf_tsc.report import environment
 from hf_tsc.retuning import Retuning, retune
@@ -97,6 +98,7 @@ class _Bench:
             objectives=task.objectives,
         )
         self.attack = attack_of(cell.suspect, cache)
+        self.twin = load(cell.twin, cache)[1] if cell.twin is not None else None
         options: dict[str, Any] = {"attack": self.attack, "num_classes": _classes(images)}
         options["reader"] = _reader(cell, images, work)
         self.evaluators = {
@@ -132,24 +134,41 @@ class _Bench:
         if last and t in self.cell.report:
             found["report"] = self._on("report", forward)
         if last and t in self.cell.retune:
-            found["retuned"] = self._after_retuning(params)
+            purified, settings = model_at(self.suspect, params), Retuning(**self.cell.retuning)
+            tuned = self._retune(purified, settings)
+            found["retuned"] = {"settings": asdict(settings), **self._on("report", tuned)}
+            if t in self.cell.reactivate:
+                found["reactivated"] = self._reactivated(purified, tuned)
         return found
 
-    def _after_retuning(self, params: Params) -> Measures:
-        rows = rows_of(self.cell.rows["suspect"])
-        settings = Retuning(**self.cell.retuning)
+    def _retune(self, purified: PreTrainedModel, settings: Retuning) -> PreTrainedModel:
         with torch.enable_grad():
-            tuned = retune(
-                model_at(self.suspect, params),
+            return retune(
+                purified,
                 self.images.train,
-                rows,
+                rows_of(self.cell.rows["suspect"]),
                 self.pipeline,
                 self.attack,
                 settings,
                 seed=self.cell.seed,
                 use_cpu=True,
             )
-        return {"settings": asdict(settings), **self._on("report", tuned)}
+
+    def _reactivated(self, purified: PreTrainedModel, tuned: PreTrainedModel) -> Measures:
+        assert self.twin is not None, "a cell that reactivates has one"
+        settings = Reactivation(**self.cell.reactivation)
+        with torch.enable_grad():
+            measured = reactivate(
+                purified,
+                tuned,
+                self.twin,
+                self.images.train,
+                rows_of(self.cell.rows["suspect"]),
+                self.evaluators["report"],
+                settings,
+                seed=self.cell.seed,
+            )
+        return {"settings": asdict(settings), **_rounded(asdict(measured))}
 
     def _forward_at(self, params: Params) -> Forward:
         return lambda **inputs: call_at(self.suspect, params, inputs)

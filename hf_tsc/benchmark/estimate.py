@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from hf_tsc.baselines.registry import BASELINES, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import Line
-from hf_tsc.benchmark.plan import Cell, SuspectPlan
+from hf_tsc.benchmark.plan import Cell
+from hf_tsc.benchmark.suspect_plan import SuspectPlan
 from hf_tsc.benchmark.suspects import TASKS, is_trained
 from hf_tsc.derive import example_inputs
 from hf_tsc.tsc_config import PRESETS
@@ -31,7 +32,8 @@ def estimate_seconds(
     From finished cells of the same model and method where there are some, else from a few timed steps.
     """
     speed = {model: _seconds_per_image(cell.suspect) for model, cell in _first_of_each_model(cells).items()}
-    missing = {cell.suspect.id: cell.suspect for cell in cells if not is_trained(cell.suspect, cache / images.hash)}
+    wanted = {suspect.id: suspect for cell in cells for suspect in cell.suspects}
+    missing = {name: suspect for name, suspect in wanted.items() if not is_trained(suspect, cache / images.hash)}
     suspects = sum(_suspect_images(suspect) * speed[suspect.model] for suspect in missing.values())
     return {"suspects": suspects, "cells": sum(_cell_seconds(cell, lines, speed) for cell in cells)}
 

@@ -9,7 +9,8 @@ from functools import cached_property
 import numpy as np
 from transformers import ViTImageProcessorPil
 
-from hf_tsc.benchmark.plan import Cell, SuspectPlan
+from hf_tsc.benchmark.plan import Cell
+from hf_tsc.benchmark.suspect_plan import SuspectPlan
 from hf_tsc.data import CleanSubset, ImageData, clean_subset
 from hf_tsc.errors import UsageError
 from hf_tsc.images import to_rgb

@@ -13,14 +13,18 @@ A plan is a YAML file:
         image_size: 32
         suspect: {num_train_epochs: 20}         # arguments of SuspectConfig
         retuning: {learning_rate: 0.01}         # arguments of Retuning
+        reactivation: {epochs: 50}              # arguments of Reactivation
         kind: classifier                        # or encoder, dual_encoder
         bad_encoder: {num_train_epochs: 5}      # of an encoder: arguments of SuspectConfig for such attacks
+        adaptive: {learning_rate: 0.0002}       # of a classifier: what such attacks change of `suspect`
     attacks:
       badnets: {trigger: {name: badnets}, target_label: 0, poison_rate: 0.1}
       all: {trigger: {name: badnets}, target_label: next, poison_rate: 0.1}   # each class to the following
       clean: {trigger: {name: badnets}, target_label: 0, poison_rate: 0}      # the clean twin
       lc: {trigger: {name: lc}, target_label: 0, poison_rate: 0.05}           # hardens images against the clean twin
       tuned: {trigger: {name: square}, target_label: 0, poison_rate: 0, method: bad_encoder}  # tunes the clean twin
+      knows_tsc: {trigger: {name: badnets}, target_label: 0, poison_rate: 0.1, method: adaptive,
+                  settings: {bend_steps: 50}}     # tunes the suspect with the same poison; arguments of Adaptive
     cells:
       - group: rates            # a name for tables
         models: [resnet]
@@ -33,15 +37,14 @@ A plan is a YAML file:
         points: [0.5, 1.0]      # where the path is measured on select; 0, 0.1, ... 1 by default
         report: [0.5]           # where it is also measured on report
         retune: [0.5]           # and after the re-tuning attack
+        reactivate: [0.5]       # some of retune: also under query-based reactivation, beside the clean twin
 
 The seed of a cell makes its suspect, draws the clean images and trains.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,54 +52,23 @@ from typing import Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
 
 from hf_tsc.benchmark.methods import METHODS, check_settings
+from hf_tsc.benchmark.suspect_plan import ADAPTIVE, BAD_ENCODER, KINDS, SuspectPlan, Suspects, check_kind, digest
 from hf_tsc.errors import UsageError
+from hf_tsc.reactivation import Reactivation, check_side
 from hf_tsc.retuning import Retuning
-from hf_tsc.suspects import SuspectConfig
-from hf_tsc.triggers import NEXT, Attack, Poisoning, TargetLabel, trigger_from_dict
 
-BAD_ENCODER = "bad_encoder"
-KINDS = ("classifier", "encoder", "dual_encoder")
 ROWS = ("suspect", "clean", "select", "report")
 EVERY_TENTH = tuple(k / 10 for k in range(11))
 
 
 @dataclass(frozen=True)
-class SuspectPlan:
-    """A suspect that is trained once: everything that its weights depend on, but the images themselves.
-
-    `start` is the clean encoder that a BadEncoder is made of, or the clean classifier that images are hardened
-    against.
-    """
-
-    model: str
-    attack: str
-    seed: int
-    config: dict[str, Any]
-    image_size: int
-    trigger: dict[str, Any]
-    target_label: TargetLabel
-    poison_rate: float
-    arguments: dict[str, Any]
-    rows: tuple[int, int]
-    kind: str = "classifier"
-    start: SuspectPlan | None = None
-
-    @property
-    def id(self) -> str:
-        return f"{self.model}-{self.attack}-{self.seed}-{_digest(self._content())}"
-
-    def _content(self) -> dict[str, Any]:
-        plain = ("model", "attack", *(["kind"] if self.kind == "classifier" else []))
-        content = {key: value for key, value in vars(self).items() if key not in (*plain, "start")}
-        return content | ({"start": self.start.id} if self.start is not None else {})
-
-
-@dataclass(frozen=True)
 class Cell:
-    """One run of a method, and where its result is measured."""
+    """One run of a method, and where its result is measured.
+
+    `twin` is the clean twin of the suspect, where points are reactivated.
+    """
 
     group: str
     suspect: SuspectPlan
@@ -109,16 +81,27 @@ class Cell:
     retune: tuple[float, ...]
     retuning: dict[str, Any]
     rows: dict[str, tuple[int, int]]
+    reactivate: tuple[float, ...] = ()
+    reactivation: dict[str, Any] = field(default_factory=dict)
+    twin: SuspectPlan | None = None
 
     @property
     def seed(self) -> int:
         return self.suspect.seed
 
     @property
+    def suspects(self) -> list[SuspectPlan]:
+        """The models that have to be there before it can run."""
+        return [self.suspect, *([self.twin] if self.twin is not None else [])]
+
+    @property
     def id(self) -> str:
         """Of everything that the result depends on, but the images; not of the group's name."""
-        content = {key: value for key, value in vars(self).items() if key not in ("group", "suspect")}
-        return _digest({**content, "suspect": self.suspect.id})
+        apart = ("group", "suspect", "reactivate", "reactivation", "twin")
+        content = {key: value for key, value in vars(self).items() if key not in apart}
+        if self.twin is not None:
+            content |= {"reactivate": self.reactivate, "reactivation": self.reactivation, "twin": self.twin.id}
+        return digest({**content, "suspect": self.suspect.id})
 
     def describe(self) -> dict[str, Any]:
         """For the line of results."""
@@ -149,7 +132,7 @@ class Plan:
     @property
     def suspects(self) -> list[SuspectPlan]:
         """In the order in which cells need them."""
-        return list({cell.suspect.id: cell.suspect for cell in self.cells}.values())
+        return list({suspect.id: suspect for cell in self.cells for suspect in cell.suspects}.values())
 
     @classmethod
     def read(cls, file: Path) -> Plan:
@@ -178,11 +161,14 @@ class Plan:
             if max(rows[one][0], rows[other][0]) < min(rows[one][1], rows[other][1]):
                 raise ValueError(f"rows of {one} and {other} overlap")
         for name, architecture in content["models"].items():
-            known = {"config", "image_size", "suspect", "retuning", "kind", "bad_encoder"}
+            known = {"config", "image_size", "suspect", "retuning", "reactivation", "kind", BAD_ENCODER, ADAPTIVE}
             _check_keys(architecture, known, f"model {name}")
-            _check_kind(architecture.get("kind", KINDS[0]), f"model {name}")
+            check_kind(architecture.get("kind", KINDS[0]), f"model {name}")
+            # each complains of what it does not know
+            Retuning(**architecture.get("retuning", {}))
+            Reactivation(**architecture.get("reactivation", {}))
         for name, attack in content["attacks"].items():
-            _check_keys(attack, {"trigger", "target_label", "poison_rate", "method"}, f"attack {name}")
+            _check_keys(attack, {"trigger", "target_label", "poison_rate", "method", "settings"}, f"attack {name}")
         cells = [cell for entry in content["cells"] for cell in _cells(entry, content, rows)]
         seen: dict[str, Cell] = {}
         for cell in cells:
@@ -194,13 +180,16 @@ class Plan:
 
 def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str, tuple[int, int]]) -> Iterator[Cell]:
     known = {"group", "models", "attacks", "seeds", "budget", "held_out", "method", "settings", "grid", "points",
-             "report", "retune"}  # fmt: skip
+             "report", "retune", "reactivate"}  # fmt: skip
     _check_keys(entry, known, "a group of cells")
     if entry["method"] not in METHODS:
         raise ValueError(f"method {entry['method']!r}: expected one of {', '.join(METHODS)}")
     grid: dict[str, list[Any]] = entry.get("grid", {})
+    reactivate = _points(entry.get("reactivate", ()))
     for model, attack, seed in itertools.product(entry["models"], entry["attacks"], entry["seeds"]):
-        suspect = _suspect(content, model, attack, int(seed), rows["suspect"])
+        suspects = Suspects(content, model, int(seed), rows["suspect"])
+        suspect = suspects.of(attack)
+        twin = suspects.clean_twin(attack, "is reactivated beside") if reactivate else None
         for values in itertools.product(*grid.values()):
             cell = Cell(
                 group=str(entry["group"]),
@@ -214,6 +203,9 @@ def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str,
                 retune=_points(entry.get("retune", ())),
                 retuning=dict(content["models"][model].get("retuning", {})),
                 rows=rows,
+                reactivate=reactivate,
+                reactivation=dict(content["models"][model].get("reactivation", {})),
+                twin=twin,
             )
             _check(cell)
             yield cell
@@ -231,76 +223,23 @@ def _check(cell: Cell) -> None:
     first, last = cell.suspect.rows
     if cell.retune and Retuning(**cell.retuning).images > last - first:
         raise ValueError(f"re-tuning draws {Retuning(**cell.retuning).images} of the {last - first} rows of suspect")
+    if cell.reactivate:
+        _check_reactivation(cell)
     check_settings(cell.method, cell.settings)
 
 
-def _check_kind(kind: str, what: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"{what} is of kind {kind!r}: expected one of {', '.join(KINDS)}")
+def _check_reactivation(cell: Cell) -> None:
+    if more := sorted(set(cell.reactivate) - set(cell.retune)):
+        raise ValueError(f"reactivate {more}: expected points of retune, as reactivation needs the re-tuned model")
+    check_side(cell.suspect.image_size, cell.suspect.image_size)
+    how, (first, last) = Reactivation(**cell.reactivation), cell.suspect.rows
+    if how.images + how.poisoned > last - first:
+        raise ValueError(f"reactivation draws {how.images + how.poisoned} of the {last - first} rows of suspect")
 
 
 def _check_keys(content: Mapping[str, Any], known: set[str], what: str) -> None:
     if unknown := sorted(set(content) - known):
         raise ValueError(f"{what} has the unknown key(s) {', '.join(unknown)}")
-
-
-def _suspect(content: Mapping[str, Any], model: str, attack: str, seed: int, rows: tuple[int, int]) -> SuspectPlan:
-    for kind, name in (("models", model), ("attacks", attack)):
-        if name not in content[kind]:
-            raise ValueError(f"{name!r} is none of the {kind}: {', '.join(content[kind])}")
-    architecture, poisoning = content["models"][model], content["attacks"][attack]
-    target = NEXT if poisoning["target_label"] == NEXT else int(poisoning["target_label"])
-    # each complains of what it does not know
-    how = Attack(trigger_from_dict(poisoning["trigger"]), target).trigger.poisoning
-    AutoConfig.for_model(**architecture["config"])
-    SuspectConfig(output_dir="unused", use_cpu=True, **architecture.get("suspect", {}))
-    Retuning(**architecture.get("retuning", {}))
-    kind, arguments, start = architecture.get("kind", KINDS[0]), architecture.get("suspect", {}), None
-    _check_fit(attack, how, kind, target, float(poisoning["poison_rate"]))
-    if poisoning.get("method", "poison") == BAD_ENCODER:
-        if kind != "encoder":
-            raise ValueError(f"attack {attack} is for encoders, and {model} is none")
-        start = _start(content, model, attack, seed, rows)
-        arguments = architecture.get(BAD_ENCODER, {})
-        SuspectConfig(output_dir="unused", use_cpu=True, **arguments)
-    elif how.surrogate and float(poisoning["poison_rate"]) > 0:
-        start = _start(content, model, attack, seed, rows)
-    elif "method" in poisoning and poisoning["method"] != "poison":
-        raise ValueError(f"method {poisoning['method']!r} of attack {attack}: expected poison or {BAD_ENCODER}")
-    return SuspectPlan(
-        model=model,
-        attack=attack,
-        seed=seed,
-        config=architecture["config"],
-        image_size=int(architecture["image_size"]),
-        trigger=poisoning["trigger"],
-        target_label=target,
-        poison_rate=float(poisoning["poison_rate"]),
-        arguments=arguments,
-        rows=rows,
-        kind=kind,
-        start=start,
-    )
-
-
-def _start(content: Mapping[str, Any], model: str, attack: str, seed: int, rows: tuple[int, int]) -> SuspectPlan:
-    """The clean model that an attack starts from: of the plan's attack without poison."""
-    for name, other in content["attacks"].items():
-        if float(other["poison_rate"]) == 0 and "method" not in other:
-            return _suspect(content, model, name, seed, rows)
-    raise ValueError(f"attack {attack} starts from a clean model: add an attack with poison_rate 0")
-
-
-def _check_fit(attack: str, how: Poisoning, kind: str, target: TargetLabel, poison_rate: float) -> None:
-    """What a trainer of suspects would refuse, and a measurement that has nothing to measure with."""
-    if kind != KINDS[0] and (how.learnt or how.surrogate):
-        raise ValueError(f"attack {attack} is for classifiers, not for a model of kind {kind}")
-    if kind == "encoder" and target == NEXT:
-        raise ValueError(f"attack {attack}: an encoder's backdoor leads to one class, not to the {NEXT}")
-    if how.learnt and poison_rate == 0:
-        raise ValueError(
-            f"attack {attack} learns its trigger: a clean twin has none, name another one to measure it by"
-        )
 
 
 def _range(value: Any, name: str) -> tuple[int, int]:
@@ -315,8 +254,3 @@ def _points(values: Any) -> tuple[float, ...]:
     if outside := [point for point in points if not 0 <= point <= 1]:
         raise ValueError(f"points {outside}: expected numbers from 0 to 1")
     return points
-
-
-def _digest(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True, default=vars)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -53,6 +53,8 @@ class Taken:
                 asr_before=before["attack_success_rate"],
                 asr_after=measured["attack_success_rate"],
             )
+        if name in REACTIVATED:
+            return self.point.get("reactivated", {}).get(REACTIVATED[name])
         if name.startswith("re-tuned "):
             return self.point.get("retuned", {}).get(MEASURES[name.removeprefix("re-tuned ")])
         return measured[MEASURES[name]]
@@ -61,6 +63,7 @@ class Taken:
 LABELS = {"tsc": "TSC over t", "fine_tuning": "interpolated fine-tuning over its share"}
 MEASURES = {"ACC": "accuracy", "ASR": "attack_success_rate", "RA": "robust_accuracy"}
 COLUMNS = ("ACC before", "ASR before", "ACC", "ASR", "RA", "DER", "re-tuned ACC", "re-tuned ASR")
+REACTIVATED = {"reactivated ASR": "reactivated", "clean twin's ASR": "twin"}  # shown where something was reactivated
 
 
 def last_points(line: Line) -> list[Measures]:
@@ -104,7 +107,7 @@ def is_first_curve(line: Line) -> bool:
 def group_table(lines: Sequence[Line]) -> str:
     """One row an attack, method and setting, in percent; several seeds as mean ± standard deviation.
 
-    Settings that all lines of a method share are left out.
+    Settings that all lines of a method share are left out, and columns of reactivation where there was none.
     """
     varying = {method: _varying([line for line in lines if line["method"] == method]) for method in METHODS}
 
@@ -115,13 +118,14 @@ def group_table(lines: Sequence[Line]) -> str:
 
     rows = []
     found = sorted((taken for line in lines for taken in taken_points(line)), key=key)
+    columns = [*COLUMNS, *(REACTIVATED if any("reactivated" in taken.point for taken in found) else ())]
     for (attack, budget, settings, method), several in groupby(found, key=key):
         same = list(several)
         points = ", ".join(sorted({f"{taken.point['t']:g}" for taken in same}))
         shown = ", ".join(f"{name} {value}" for name, value in settings if value)
         cells = [attack, str(budget), method, shown, points, str(len(same))]
-        rows.append([*cells, *(_percent([taken.value(column) for taken in same]) for column in COLUMNS)])
-    head = ["attack", "images", "method", "settings", "point", "seeds", *COLUMNS]
+        rows.append([*cells, *(_percent([taken.value(column) for taken in same]) for column in columns)])
+    head = ["attack", "images", "method", "settings", "point", "seeds", *columns]
     return markdown(head, rows)
 
 

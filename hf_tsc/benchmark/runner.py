@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from hf_tsc.benchmark.cells import run_cell
 from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import Line, open_lines, read_lines
-from hf_tsc.benchmark.plan import Cell, Plan, SuspectPlan
+from hf_tsc.benchmark.plan import Cell, Plan
+from hf_tsc.benchmark.suspect_plan import SuspectPlan
 from hf_tsc.benchmark.suspects import is_trained, train
 from hf_tsc.errors import PurificationError, UsageError
 
@@ -108,7 +109,7 @@ def run_plan(
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in done:
                         job = running.pop(future)
-                        if (line := _result(future, job, waiting, progress, say)) is not None:
+                        if (line := _result(future, job, waiting, cache, progress, say)) is not None:
                             file.add(line)
                             bar.update()
             except BrokenProcessPool as error:
@@ -122,23 +123,26 @@ def run_plan(
 
 
 def _next(waiting: list[Cell], running: Iterable[Cell | SuspectPlan], cache: Path) -> Cell | SuspectPlan | None:
-    """The first cell whose suspect is there, or else a suspect to train."""
+    """The first cell whose suspects are there, or else a suspect to train."""
     in_training = {job.id for job in running if isinstance(job, SuspectPlan)}
     missing = None
     for cell in waiting:
-        if is_trained(cell.suspect, cache):
+        wanted = _missing(cell, cache)
+        if not wanted:
             waiting.remove(cell)
             return cell
-        wanted = _first_missing(cell.suspect, cache)
-        if missing is None and wanted.id not in in_training:
-            missing = wanted
+        missing = missing or next((suspect for suspect in wanted if suspect.id not in in_training), None)
     return missing
 
 
-def _first_missing(suspect: SuspectPlan, cache: Path) -> SuspectPlan:
-    """The suspect, or the encoder that it is made of."""
-    start = suspect.start
-    return start if start is not None and not is_trained(start, cache) else suspect
+def _missing(cell: Cell, cache: Path) -> list[SuspectPlan]:
+    """The suspects that a cell waits for; while what one of them is made of is missing as well, that in its place."""
+    missing = []
+    for suspect in cell.suspects:
+        if not is_trained(suspect, cache):
+            start = suspect.start
+            missing.append(start if start is not None and not is_trained(start, cache) else suspect)
+    return missing
 
 
 def _submit(
@@ -153,6 +157,7 @@ def _result(
     future: Future[Line | None],
     job: Cell | SuspectPlan,
     waiting: list[Cell],
+    cache: Path,
     progress: Progress,
     say: Callable[[str], None],
 ) -> Line | None:
@@ -163,8 +168,8 @@ def _result(
         raise
     except Exception as error:
         if isinstance(job, SuspectPlan):
-            lost = [cell for cell in waiting if cell.suspect.id == job.id]
-            waiting[:] = [cell for cell in waiting if cell.suspect.id != job.id]
+            lost = [cell for cell in waiting if job.id in {suspect.id for suspect in _missing(cell, cache)}]
+            waiting[:] = [cell for cell in waiting if cell not in lost]
             say(f"failed: suspect {job.id}, with its {len(lost)} cells: {error!r}")
             progress.failed += [cell.id for cell in lost]
         else:

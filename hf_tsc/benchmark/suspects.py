@@ -11,15 +11,17 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
-from hf_tsc.benchmark.plan import SuspectPlan
+from hf_tsc.benchmark.suspect_plan import SuspectPlan
 from hf_tsc.evaluation import Attack
 from hf_tsc.folders import write_json
 from hf_tsc.hub import Source, load_image_processor, load_model, resolve_model
 from hf_tsc.images import ImagePipeline
 from hf_tsc.suspects import (
     RECORD,
+    Adaptive,
     Surrogate,
     SuspectConfig,
+    adapt_suspect,
     backdoor_encoder,
     train_dual_encoder,
     train_encoder,
@@ -64,12 +66,15 @@ def train(plan: SuspectPlan, images: BenchmarkImages, cache: Path) -> None:
     how: dict[str, Any] = {"args": args, "attack": attack, "indices": rows}
     if plan.start is not None:
         train(plan.start, images, cache)
-        source, clean = load(plan.start, cache)
-    if plan.start is not None and plan.kind == "encoder":
-        backdoor_encoder(clean, made, images.train, **how)
+        source, start = load(plan.start, cache)
+    if plan.adaptive is not None:
+        settings = Adaptive(**plan.adaptive)
+        adapt_suspect(start, made, images.train, poison_rate=plan.poison_rate, settings=settings, **how)
+    elif plan.start is not None and plan.kind == "encoder":
+        backdoor_encoder(start, made, images.train, **how)
     else:
         if plan.start is not None:
-            how["surrogate"] = Surrogate(clean, ImagePipeline(load_image_processor(source)), plan.start.id)
+            how["surrogate"] = Surrogate(start, ImagePipeline(load_image_processor(source)), plan.start.id)
         config = AutoConfig.for_model(**plan.config)
         TRAINERS[plan.kind](config, made, images.train, poison_rate=plan.poison_rate, **how)
     write_json(folder / TIMES, {"seconds": round(time.monotonic() - started, 1), "threads": torch.get_num_threads()})

@@ -4,6 +4,7 @@ For tests, demonstrations and measurements: what a defence is worth can only be 
 """
 
 from hf_tsc.folders import RECORD
+from hf_tsc.suspects.adaptive import Adaptive, adapt_suspect
 from hf_tsc.suspects.adversarial import Surrogate
 from hf_tsc.suspects.base import SuspectConfig
 from hf_tsc.suspects.classifier import train_suspect
@@ -12,9 +13,11 @@ from hf_tsc.suspects.encoder import BadEncoder, backdoor_encoder, train_encoder
 
 __all__ = [
     "RECORD",
+    "Adaptive",
     "BadEncoder",
     "Surrogate",
     "SuspectConfig",
+    "adapt_suspect",
     "backdoor_encoder",
     "train_dual_encoder",
     "train_encoder",
