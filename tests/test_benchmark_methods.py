@@ -34,6 +34,7 @@ QUICK = {
     "fine_pruning": {**TUNING, "ratio": 0.3},
     "anp": {"steps": 3, "batch_size": 8, "learning_rate": 1e4, "threshold": 0.5},
     "i_bau": {"rounds": 1, "batch_size": 12, "fixed_point_steps": 2},
+    "ridge": {"penalty": 0.2},
 }
 TSC = {"curve_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 0.05, "stages": 2}
 

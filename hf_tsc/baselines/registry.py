@@ -19,6 +19,7 @@ from hf_tsc.baselines.ft_sam import FTSAM, run_ft_sam
 from hf_tsc.baselines.i_bau import IBAU, run_i_bau
 from hf_tsc.baselines.mcr import MCR, run_mcr
 from hf_tsc.baselines.nad import NAD, run_nad
+from hf_tsc.baselines.ridge import Ridge, run_ridge
 from hf_tsc.baselines.settings import Settings
 from hf_tsc.errors import UsageError
 from hf_tsc.tsc_config import CLASSIFYING, OBJECTIVE_DEFAULTS, TSCConfig
@@ -43,7 +44,7 @@ class Baseline:
         does: what it does, in a sentence for the card.
         counted: what its gradient evaluations are.
         chosen: how its point is chosen, without a trigger.
-        authors, paper_title, paper: where it is from; `paper` is an arXiv id. None for fine-tuning.
+        authors, paper_title, paper: where it is from; `paper` is an arXiv id. None for fine-tuning and ridge.
         any_objective: whether it takes encoders and dual encoders, too; others work on a classifier's logits or head.
     """
 
@@ -175,6 +176,17 @@ BASELINES: dict[str, Baseline] = {
         "Liu et al., RAID 2018",
         "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks",
         "1805.12185",
+    ),
+    "ridge": Baseline(
+        "ridge reconstruction",
+        "ridge",
+        Ridge,
+        run_ridge,
+        "Every linear or convolutional layer in turn gets the smallest weights that still give about its outputs on "
+        "the clean images; nothing is trained, and BatchNorm statistics stay. A method of this project.",
+        "none",
+        "`penalty`, or the largest one that keeps `max_accuracy_drop` on the held-out images",
+        any_objective=True,
     ),
 }
 
