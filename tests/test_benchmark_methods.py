@@ -105,7 +105,7 @@ def test_is_a_function_of_the_seed(method, family):
     assert outcome == outcome_again
     for path, repeated in zip(visited.points, again.points, strict=True):
         assert all(same(path[t], repeated[t]) for t in path)
-    assert changed(visited.points[-1][0.5], other.points[-1][0.5])
+    assert bool(changed(visited.points[-1][0.5], other.points[-1][0.5])) == (method != "ridge")  # which draws nothing
     assert same(tensors(on.suspect), before)
 
 
