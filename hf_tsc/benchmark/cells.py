@@ -44,8 +44,8 @@ def run_cell(cell: Cell, images: BenchmarkImages, cache: Path) -> dict[str, Any]
     Returns:
         The line of results: the cell, what tells the suspect's weights from those of another training (`weights`), its
         measures, a list of `paths` with their measured points, the seconds of the method and of the whole, gradient
-        evaluations and versions. A method that failed, by a loss that
-        is not finite or for its accuracy budget, leaves `error` in place of `paths`.
+        evaluations and versions. A method that failed, by a loss that is not finite or for its accuracy budget, leaves
+        `error` in place of `paths`.
     """
     started = time.monotonic()
     set_seed(cell.seed)
