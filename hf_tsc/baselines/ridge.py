@@ -76,6 +76,7 @@ def run_ridge(case: Case, settings: Ridge, visit: Visit) -> None:
     taken = settings.penalty
     if settings.max_accuracy_drop is not None:
         taken = case.farthest_within(objective, point, PENALTIES, settings.max_accuracy_drop)
+    point(taken)  # is the method's own work, not that of who visits
     visit("penalty", True, point, taken)
 
 
