@@ -295,10 +295,32 @@ class TestRead:
         lines = read_lines(recipe / "results.jsonl")
         assert len(lines) > 50
         assert {line["id"] for line in lines} <= {cell.id for cell in made.cells}  # none has to be run again
-        assert {cell.method for cell in made.cells} == {"fine_tuning", "tsc"} <= set(METHODS)
+        assert {"fine_tuning", "tsc", "ridge"} <= {cell.method for cell in made.cells} <= set(METHODS)
         assert {cell.suspect.model for cell in made.cells} >= {"resnet"}
         first = made.cells[0].rows
         assert first["suspect"][1] <= first["clean"][0]  # nothing that a suspect was trained on is called clean
+        assert first["select"][1] <= first["report"][0]
+
+    def test_the_recipe_of_encoders(self):
+        made = Plan.read(Path(__file__).parents[1] / "recipes" / "encoders" / "plan.yaml")
+        searched = [cell for cell in made.cells if cell.group == "search"]
+        of = {(cell.suspect.model, cell.suspect.attack) for cell in searched}
+        encoders = {(model, attack) for model in ("resnet", "vit") for attack in ("ctrl", "bad_encoder")}
+        assert of == {*encoders, ("clip", "captions")}
+        for one in of:
+            alike = [cell for cell in searched if (cell.suspect.model, cell.suspect.attack) == one]
+            assert sum(cell.method == "tsc" for cell in alike) >= 12
+            rates = {cell.settings["learning_rate"] for cell in alike if cell.method == "fine_tuning"}
+            assert len(rates) >= 3
+        twins = {suspect.model: suspect for suspect in made.suspects if suspect.attack.startswith("clean")}
+        assert twins.keys() == {"resnet", "vit", "clip"}
+        for suspect in made.suspects:
+            assert suspect.start == (twins[suspect.model] if suspect.attack == "bad_encoder" else None)
+            assert suspect.poison_rate > 0 or suspect.attack == "bad_encoder" or suspect in twins.values()
+        assert {cell.budget for cell in made.cells} == {1400}  # 5 % of what suspects are trained on
+        assert {cell.suspect.id for cell in made.cells if cell.group == "final"} == {one.id for one in made.suspects}
+        first = made.cells[0].rows
+        assert first["suspect"][1] <= first["clean"][0]
         assert first["select"][1] <= first["report"][0]
 
 

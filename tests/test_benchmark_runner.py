@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from datasets import DatasetDict
 from suspects_and_digits import NAMES, digit_data, digits, processor, read_json, renamed
 from tiny import TRANSFORMER
 
 from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune
-from hf_tsc.benchmark import estimate, runner, suspects
+from hf_tsc.benchmark import cells, estimate, runner, suspects
 from hf_tsc.benchmark.estimate import estimate_seconds
 from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import open_lines, read_lines
@@ -35,10 +36,13 @@ from hf_tsc.benchmark.runner import Progress, cells_to_run, lines_of, run_plan, 
 from hf_tsc.cli import main
 from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.evaluation import Attack, Evaluator, evaluate_model
+from hf_tsc.hub import resolve_model
 from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.job import DataArguments
 from hf_tsc.reactivation import Reactivation, reactivate
 from hf_tsc.retuning import Retuning, retune
+from hf_tsc.suspects.dual_encoder import CAPTIONS
+from hf_tsc.tasks.evaluate import evaluate_source
 from hf_tsc.triggers import BadNets
 
 TRAIN, TEST = (0, 300), (300, 440)  # of the digits
@@ -807,13 +811,14 @@ class TestOtherKinds:
     )
     def test_a_line_of_each_method(self, tmp_path, images, model, attack, objective):
         on = {"group": "g", "models": [model], "attacks": [attack], "seeds": [0], "report": [1]}
-        groups = [{**group, **on} for group in (TSC, TUNING)]
+        ridge = {**ON, "method": "ridge", "settings": {"penalty": 0.5, "batch_size": 16}}
+        groups = [{**group, **on} for group in (TSC, TUNING, ridge)]
         for group in groups:
             group["settings"] = {**group["settings"], "objective": objective, "augmentation": "crop"}
         plan = self.plan(*groups)
         run_plan(plan, images, results=tmp_path / "lines", cache=tmp_path / "cache", say=lambda text: None)
         lines = read_lines(tmp_path / "lines")
-        assert sorted(line["method"] for line in lines) == ["fine_tuning", "tsc"]
+        assert sorted(line["method"] for line in lines) == ["fine_tuning", "ridge", "tsc"]
         for line in lines:
             assert line["arguments"]["objective"] == objective
             for place, count in (("select", 60), ("report", 80)):
@@ -824,6 +829,29 @@ class TestOtherKinds:
             assert all("attack_success_rate" in point["select"] for point in points)
         assert estimate_seconds(plan.cells, [], images, tmp_path / "cache")["suspects"] == 0
 
+    def test_a_dual_encoder_learns_captions_and_is_measured_by_a_prompt(self, tmp_path, images):
+        group = {**TUNING, "group": "g", "models": ["clip"], "attacks": ["badnets"]}
+        (cell,) = self.plan(group).cells
+        suspects.train(cell.suspect, images, tmp_path)
+        bench = cells._Bench(cell, images, tmp_path)
+        assert len(bench.case.train[0]["captions"]) == len(CAPTIONS)
+        source = resolve_model(str(tmp_path / cell.suspect.id), local=True)
+        first, last = (TEST[0] + row for row in CONTENT["rows"]["select"])
+        expected = evaluate_source(source, digit_data(first, last), attack=Attack(BadNets(), 0))
+        assert bench.suspect_measures()["select"] == pytest.approx(expected, abs=1e-6)
+
+    def test_a_probe_is_fitted_once_for_a_network(self):
+        fitted = []
+
+        def reader(forward, device):
+            fitted.append(forward)
+            return lambda inputs: inputs
+
+        once, one, other = cells._ReadOnce(reader), object(), object()
+        for forward in (one, one, other, other, one):
+            once(forward, "cpu")
+        assert fitted == [one, other, one]
+
     def test_a_bad_encoder_starts_from_the_clean_twin(self, tmp_path, images):
         cell = {**TUNING, "group": "g", "models": ["encoder"], "attacks": ["tuned"]}
         cell["settings"] = {**cell["settings"], "objective": "distillation"}
@@ -831,6 +859,46 @@ class TestOtherKinds:
         run_plan(plan, images, results=tmp_path / "lines", cache=tmp_path / "cache", say=lambda text: None)
         (folder,) = (tmp_path / "cache").iterdir()
         assert sorted(path.name.split("-")[1] for path in folder.iterdir()) == ["clean", "tuned"]
+
+    @pytest.mark.parametrize(
+        ("attacks", "passes"),
+        [(["ctrl"], 2), (["clean", "tuned"], 2 + 0.5 * (3 + 1 / 3)), (["tuned"], 2 + 0.5 * (3 + 1 / 3))],
+    )
+    def test_seconds_of_encoders(self, tmp_path, images, monkeypatch, attacks, passes):
+        """An epoch with two views; half an epoch of BadEncoder, beside the clean encoder that it starts from."""
+        monkeypatch.setattr(estimate, "_seconds_per_image", lambda suspect: 0.01)
+        group = {**TUNING, "models": ["encoder"], "attacks": attacks}
+        group["settings"] = {**group["settings"], "objective": "distillation"}
+        views = {**group, "group": "v", "settings": {**group["settings"], "objective": "simclr"}}
+        found = estimate_seconds(self.plan({**group, "group": "g"}, views).cells, [], images, tmp_path)
+        assert found["suspects"] == pytest.approx(0.01 * passes * 160)
+        assert found["cells"] == pytest.approx(len(attacks) * 1.5 * 0.01 * 3 * 16 * (1 + 2))
+
+    def test_seconds_of_what_trains_nothing(self, tmp_path, images, monkeypatch):
+        """As long as other cells of the method took."""
+        monkeypatch.setattr(estimate, "_seconds_per_image", lambda suspect: 0.01)
+        ridge = {**ON, "group": "r", "models": ["clip"], "method": "ridge", "settings": {"objective": "image_text"}}
+        (cell,) = self.plan(ridge).cells
+        line = {**cell.describe(), "seconds": {"all": 30.0}}
+        assert estimate_seconds([cell], [line], images, tmp_path)["cells"] == pytest.approx(30)
+
+    def test_a_timed_step_is_of_both_towers_and_augmented(self, monkeypatch):
+        augmented, called = [], set()
+        augmentation = estimate.Augmentation
+
+        def spied(name):
+            return lambda pixels, seed: augmented.append(name) or augmentation(name)(pixels, seed=seed)
+
+        monkeypatch.setattr(estimate, "Augmentation", spied)
+        plan = self.plan({**TUNING, "group": "g", "models": ["clip", "encoder"], "attacks": ["badnets"]})
+        see = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: called.add(type(module).__name__)
+        )
+        with see:
+            for suspect in plan.suspects:
+                assert estimate._seconds_per_image(suspect) > 0
+        assert set(augmented) == {"none", "simclr"}
+        assert {"CLIPTextEmbeddings", "CLIPVisionEmbeddings"} <= called
 
     @pytest.mark.parametrize(
         ("cell", "changes", "message"),

@@ -10,9 +10,21 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from datasets import Value
-from suspects_and_digits import digit_data, digits, processor, read_json, same, weights
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, ResNetConfig, ResNetModel, ViTConfig
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as Pictures
+from suspects_and_digits import NAMES, digit_data, digits, processor, read_json, same, weights
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPProcessor,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    pipeline,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_tsc import Attack, BadNets, UsageError
 from hf_tsc.captions import prompts
@@ -23,6 +35,7 @@ from hf_tsc.images import Augmentation, ImagePipeline
 from hf_tsc.objectives import SimCLR, features_of
 from hf_tsc.suspects import RECORD, BadEncoder, SuspectConfig, backdoor_encoder, train_dual_encoder, train_encoder
 from hf_tsc.suspects.dual_encoder import CAPTIONS, word_tokenizer
+from hf_tsc.suspects.encoder import choose_reference
 from hf_tsc.tasks.evaluate import evaluate_source
 from hf_tsc.triggers import Square
 
@@ -87,6 +100,15 @@ class TestSimCLR:
         assert not any(tmp_path.iterdir())
 
 
+class Colours(nn.Module):
+    """An encoder whose features are a picture's mean red, green and blue."""
+
+    device = torch.device("cpu")
+
+    def forward(self, pixel_values):
+        return BaseModelOutputWithPooling(pooler_output=pixel_values.mean((2, 3)))
+
+
 class TestBadEncoder:
     def objective(self, clean, **changes) -> BadEncoder:
         pixels = PIPELINE.pixels(digits(5, 6)["image"][0])
@@ -149,6 +171,21 @@ class TestBadEncoder:
         assert changed
         assert not any("normalization" in name for name in changed)  # BatchNorm stays as it is, statistics and all
 
+    def test_the_reference_is_typical_of_its_class(self):
+        """Two of the red class are blue, as the other class is; the seed draws from more images than there are."""
+        colours = [(0, 0, 255), (200, 60, 60), (0, 0, 200), (255, 0, 0), (210, 70, 50), (180, 60, 60), (205, 60, 70)]
+        labels = [0, 0, 0, 0, 0, 0, 0, *[1] * 5]
+        colours += [(10, 20 * k, 255) for k in range(5)]
+        columns = {"image": [Pictures.new("RGB", (8, 8), colour) for colour in colours], "label": labels}
+        rows = Dataset.from_dict(columns, features=Features(image=Image(), label=ClassLabel(names=["red", "blue"])))
+        data = open_images(rows)
+        (red,), (blue,) = (
+            {choose_reference(Colours(), PIPELINE, data, np.arange(len(labels)), target, seed=k) for k in range(4)}
+            for target in (0, 1)
+        )
+        assert red in (1, 3, 4, 5, 6)
+        assert blue >= 7
+
     def test_no_image_of_the_target(self, clean, tmp_path):
         rows = open_images(digits(0, 100).filter(lambda row: row["label"] != 3))
         with pytest.raises(UsageError, match="no image of the target class 3"):
@@ -180,6 +217,21 @@ class TestDualEncoder:
         self.train(tmp_path / "out", attack=None, num_train_epochs=25, learning_rate=5e-3)
         found = evaluate_source(resolve_model(str(tmp_path / "out")), digit_data(320, 500))
         assert found["accuracy"] > 0.4
+        self.check_is_what_transformers_say(tmp_path / "out", found["accuracy"])
+
+    def check_is_what_transformers_say(self, folder, accuracy):
+        """The folder alone, through the processor and the pipeline that everyone uses."""
+        rows = digits(320, 500)
+        pictures = [picture.convert("RGB") for picture in rows["image"]]
+        made = CLIPProcessor.from_pretrained(folder)
+        inputs = made(text=[f"a photo of a {name}." for name in NAMES], images=pictures, return_tensors="pt")
+        with torch.no_grad():
+            answers = AutoModel.from_pretrained(folder)(**inputs).logits_per_image.argmax(-1)
+        assert np.mean(answers.numpy() == rows["label"]) == accuracy
+        classify = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
+        named = classify(pictures, candidate_labels=NAMES, hypothesis_template="a photo of a {}.")
+        right = [answer[0]["label"] == NAMES[label] for answer, label in zip(named, rows["label"], strict=True)]
+        assert np.mean(right) == accuracy
 
     def test_same_seed_same_weights(self, tmp_path):
         self.train(tmp_path / "one")

@@ -12,7 +12,16 @@ import torch
 from datasets import Dataset, DatasetDict
 from suspects_and_digits import NAMES, classifier, digit_data, digits, processor, read_json, save
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, ResNetModel, ViTModel, pipeline
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+    ResNetModel,
+    ViTModel,
+    pipeline,
+)
 
 from hf_tsc import Attack, BadNets, PurificationReport, UsageError, purify
 from hf_tsc.cli import main
@@ -172,6 +181,7 @@ class TestDualEncoder:
         """Prompts made of class names: no captions."""
         report = run(folders["clip"], tmp_path / "out", digits(0, 300), test=digit_data(300, 360))
         assert "prompts were made of class names" in report.notes[0]
+        assert isinstance(AutoProcessor.from_pretrained(tmp_path / "out"), CLIPProcessor)
         classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "out"), device="cpu")
         rows = digits(300, 360)
         answers = classify(

@@ -20,8 +20,9 @@ from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
 from hf_tsc.benchmark.methods import METHODS
 from hf_tsc.benchmark.plan import Cell
 from hf_tsc.benchmark.suspects import TASKS, attack_of, load
+from hf_tsc.captions import TEMPLATES
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
-from hf_tsc.evaluation import Evaluator, Reader, read_logits
+from hf_tsc.evaluation import Evaluator, Predict, Reader, read_logits
 from hf_tsc.functional import call_at, model_at
 from hf_tsc.hub import load_tokenizer
 from hf_tsc.images import ImagePipeline, collate, pixel_dataset
@@ -31,6 +32,7 @@ from hf_tsc.reactivation import Reactivation, reactivate
 from hf_tsc.readers import LinearProbe
 from hf_tsc.report import environment
 from hf_tsc.retuning import Retuning, retune
+from hf_tsc.suspects.dual_encoder import CAPTIONS
 from hf_tsc.tasks import Classification, Options, Work
 from hf_tsc.tasks.image_text import zero_shot_reader
 from hf_tsc.tsc_config import PRESETS, TSCConfig
@@ -84,7 +86,9 @@ class _Bench:
         made, rows = processor(cell.suspect), images.clean_rows(cell)
         self.pipeline = ImagePipeline(made)
         config = _loss_config(cell, self.suspect)
-        work = Work(source, self.suspect, images.train, rows, self.pipeline, config, Options())
+        # pairs as the suspect was trained on; prompts are what it is measured by
+        captions = Options(templates=CAPTIONS)
+        work = Work(source, self.suspect, images.train, rows, self.pipeline, config, captions)
         task = TASKS[cell.suspect.kind](work)
         train, held_out = task.items(rows.train), task.items(rows.held_out)
         classifier = isinstance(task, Classification)
@@ -100,7 +104,7 @@ class _Bench:
         self.attack = attack_of(cell.suspect, cache)
         self.twin = load(cell.twin, cache)[1] if cell.twin is not None else None
         options: dict[str, Any] = {"attack": self.attack, "num_classes": _classes(images)}
-        options["reader"] = _reader(cell, images, work)
+        options["reader"] = _ReadOnce(_reader(cell, images, work))
         self.evaluators = {
             name: Evaluator(images.test, self.pipeline, indices=rows_of(cell.rows[name]), **options)
             for name in ("select", "report")
@@ -215,8 +219,24 @@ def _reader(cell: Cell, images: BenchmarkImages, work: Work) -> Reader:
         return LinearProbe(pixel_dataset(images.train, np.sort(rows), work.pipeline))
     if cell.suspect.kind == "dual_encoder":
         names = images.train.class_names or []
-        return zero_shot_reader(work.model, load_tokenizer(work.source), names, work.options.templates)
+        return zero_shot_reader(work.model, load_tokenizer(work.source), names, TEMPLATES)
     return read_logits
+
+
+class _ReadOnce:
+    """A reader that fits once for a network that is measured on several sets of images in a row.
+
+    A probe takes longer to fit than to ask, and the weights of what is measured do not change meanwhile.
+    """
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        self.last: tuple[Forward, Predict] | None = None
+
+    def __call__(self, forward: Forward, device: str | torch.device) -> Predict:
+        if self.last is None or self.last[0] is not forward:
+            self.last = (forward, self.reader(forward, device))
+        return self.last[1]
 
 
 def _classes(images: BenchmarkImages) -> int:

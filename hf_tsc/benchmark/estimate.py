@@ -18,10 +18,13 @@ from hf_tsc.benchmark.plan import Cell
 from hf_tsc.benchmark.suspect_plan import SuspectPlan
 from hf_tsc.benchmark.suspects import TASKS, is_trained
 from hf_tsc.derive import example_inputs
+from hf_tsc.images import Augmentation
 from hf_tsc.tsc_config import PRESETS
 
 PROBE_BATCH, PROBE_STEPS = 64, 3
 DEFAULT_TSC_STEPS = 1000  # where a cell's settings name no number of steps
+VIEWS = 2  # of each image, in SimCLR
+BAD_ENCODER_PASSES = 3 + 1 / 3  # three pictures for each image, and one forward alone, by the clean encoder
 
 
 def estimate_seconds(
@@ -32,7 +35,8 @@ def estimate_seconds(
     From finished cells of the same model and method where there are some, else from a few timed steps.
     """
     speed = {model: _seconds_per_image(cell.suspect) for model, cell in _first_of_each_model(cells).items()}
-    wanted = {suspect.id: suspect for cell in cells for suspect in cell.suspects}
+    named = [suspect for cell in cells for suspect in cell.suspects]
+    wanted = {suspect.id: suspect for one in named for suspect in (one, one.start) if suspect is not None}
     missing = {name: suspect for name, suspect in wanted.items() if not is_trained(suspect, cache / images.hash)}
     suspects = sum(_suspect_images(suspect) * speed[suspect.model] for suspect in missing.values())
     return {"suspects": suspects, "cells": sum(_cell_seconds(cell, lines, speed) for cell in cells)}
@@ -46,7 +50,11 @@ def _first_of_each_model(cells: Iterable[Cell]) -> dict[str, Cell]:
 
 
 def _suspect_images(plan: SuspectPlan) -> float:
-    return (plan.rows[1] - plan.rows[0]) * float(plan.arguments.get("num_train_epochs", 30))
+    """How many pictures go forward and backward while it is trained."""
+    images = (plan.rows[1] - plan.rows[0]) * float(plan.arguments.get("num_train_epochs", 30))
+    if plan.kind != "encoder":
+        return images
+    return images * (VIEWS if plan.start is None else BAD_ENCODER_PASSES)
 
 
 def _cell_seconds(cell: Cell, lines: Sequence[Line], speed: dict[str, float]) -> float:
@@ -63,7 +71,12 @@ def _cell_seconds(cell: Cell, lines: Sequence[Line], speed: dict[str, float]) ->
 
 
 def _trained_images(described: dict[str, Any]) -> float:
-    """How many images go forward and backward in a cell, or in the line of one."""
+    """How many pictures go forward and backward in a cell, or in the line of one; 1 where nothing is trained."""
+    views = VIEWS if described["settings"].get("objective") == "simclr" else 1
+    return _drawn_images(described) * views or 1.0
+
+
+def _drawn_images(described: dict[str, Any]) -> float:
     method, settings = described["method"], described["settings"]
     if method in BASELINES:
         chosen = settings_of(method, settings)
@@ -78,17 +91,18 @@ def _trained_images(described: dict[str, Any]) -> float:
 
 
 def _seconds_per_image(plan: SuspectPlan) -> float:
-    """Of a training step, on one thread."""
+    """Of a training step, on one thread: augmentation, and both towers of a dual encoder, on one picture."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         model = TASKS[plan.kind].auto_class.from_config(AutoConfig.for_model(**plan.config))
         inputs = example_inputs(model, batch_size=PROBE_BATCH)
         inputs["pixel_values"] = torch.rand(PROBE_BATCH, 3, plan.image_size, plan.image_size)
+        augment = Augmentation(plan.arguments.get("augmentation", "none"))
         times = []
         for _ in range(PROBE_STEPS):
             start = time.perf_counter()
-            model(**inputs)[0].sum().backward()
+            model(**{**inputs, "pixel_values": augment(inputs["pixel_values"], seed=0)})[0].sum().backward()
             times.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)

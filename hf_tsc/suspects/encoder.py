@@ -18,6 +18,7 @@ from hf_tsc.activations import Batch
 from hf_tsc.data import ImageData
 from hf_tsc.derive import example_inputs
 from hf_tsc.errors import UsageError
+from hf_tsc.evaluation import map_batches
 from hf_tsc.images import Augmentation, ImagePipeline, pixel_dataset, to_unit_interval
 from hf_tsc.objectives import Forward, ProjectionHead, SimCLR, features_of
 from hf_tsc.suspects.base import SuspectConfig, fit, labels_of, new_model, record_of
@@ -25,6 +26,7 @@ from hf_tsc.suspects.poisoned import PoisonedPixels, check_static
 from hf_tsc.triggers import NEXT, Attack, Trigger, draw_poison
 
 TEMPERATURE = 0.5
+LOOKED_AT = 2000  # images, to choose BadEncoder's reference from
 
 
 def train_encoder(
@@ -93,7 +95,7 @@ def backdoor_encoder(
         clean: the encoder; it is copied. Its BatchNorm layers stay as they are.
         processor: its image processor.
         data: images with labels, of which the target class is taken for the reference image.
-        args: training arguments; `augmentation` changes the reference image, `seed` draws it.
+        args: training arguments; `augmentation` changes the reference image, `seed` draws those it is chosen from.
         attack: trigger and target label.
         indices: rows to tune on (the shadow images); all by default.
 
@@ -105,11 +107,11 @@ def backdoor_encoder(
         PurificationError: the loss is not finite.
     """
     rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
-    of_target = rows[labels_of(data)[rows] == _of_one_class(attack).target_label]
-    if len(of_target) == 0:
-        raise UsageError(f"no image of the target class {attack.target_label} in {data.name}: BadEncoder needs one")
-    reference = int(np.random.default_rng(args.seed).choice(of_target))
     pipeline = ImagePipeline(processor)
+    target = _of_one_class(attack).target_label
+    if not (labels_of(data)[rows] == target).any():
+        raise UsageError(f"no image of the target class {target} in {data.name}: BadEncoder needs one")
+    reference = choose_reference(clean, pipeline, data, rows, target, seed=args.seed)
     pixels = pixel_dataset(data, [reference], pipeline)[0]["pixels"]
     model = copy.deepcopy(clean)
     for module in model.modules():
@@ -187,6 +189,27 @@ class BadEncoder:
         count = sum(size for size, _ in found)
         loss = -sum(size * float(sum(cosines)) for size, cosines in found) / count
         return {"loss": loss, "score": sum(size * float(cosines[2]) for size, cosines in found) / count}
+
+
+@torch.no_grad()
+def choose_reference(
+    clean: PreTrainedModel, pipeline: ImagePipeline, data: ImageData, rows: np.ndarray, target: Any, *, seed: int
+) -> int:
+    """The row of the target class' most typical image among some that are drawn.
+
+    Whoever classifies by these features will give triggered images the class that he gives the reference: an image
+    that the encoder takes for one of another class makes an attack on that class. Typical is whose features,
+    standardised over the images of all classes, have the largest cosine with their mean over the target class.
+    """
+    drawn = np.random.default_rng(seed).permutation(rows)
+    of_target = labels_of(data)[drawn] == target
+    chosen = np.concatenate([drawn[of_target][:LOOKED_AT], drawn[~of_target][:LOOKED_AT]])
+    model = copy.deepcopy(clean).eval()
+    images, device = pixel_dataset(data, chosen, pipeline), clean.device
+    features = map_batches(lambda inputs: features_of(model, inputs), images, device=device)
+    standard = (features - features.mean(0)) / (features.std(0) + 1e-6)
+    ours = standard[: int(min(of_target.sum(), LOOKED_AT))]
+    return int(chosen[F.cosine_similarity(ours, ours.mean(0, keepdim=True)).argmax()])
 
 
 def _of_one_class(attack: Attack) -> Attack:
