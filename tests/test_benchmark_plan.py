@@ -110,6 +110,11 @@ class TestCells:
         assert only.twin == cell(((*CELLS, "attacks"), ["clean"])).suspect
         assert made.suspects == only.suspects == [only.suspect, only.twin]
 
+    def test_points_may_be_the_one_that_is_taken(self):
+        only = cell((CELLS, {**GROUP, "report": [0, "taken"], "retune": ["taken"]}))
+        assert (only.report, only.retune) == ((0.0, "taken"), ("taken",))
+        assert only.id != cell((CELLS, {**GROUP, "report": [0], "retune": ["taken"]})).id
+
     def test_description(self):
         only = cell()
         names = {"model": "resnet", "attack": "badnets", "seed": 0, "suspect": only.suspect.id}
@@ -370,7 +375,10 @@ class TestRefused:
             ((*CELLS, "report"), [2], r"points \[2\.0\]: expected numbers"),
             ((*CELLS, "retune"), [-1], r"points \[-1\.0\]: expected numbers"),
             ((*CELLS, "budget"), "many", "'many'"),
+            ((*CELLS, "retune"), ["last"], "'last'"),
+            ((*CELLS, "points"), ["taken"], "'taken'"),
             ((*CELLS, "reactivate"), [0.5], r"reactivate \[0\.5\]: expected points of retune"),
+            ((*CELLS, "reactivate"), ["taken"], r"reactivate \['taken'\]: expected points of retune"),
             ((*MODEL, "reactivation"), {"epsilon": 2}, "epsilon=2: expected a number from 0 to 1"),
             ((*MODEL, "reactivation"), {"epsilons": 2}, "epsilons"),
             (("rows", "clean"), [200, 100], r"rows of clean, \[200, 100\]: expected \[first, last \+ 1\]"),

@@ -4,16 +4,11 @@ import json
 
 import pytest
 
-from hf_tsc.benchmark.results import (
-    farthest_within,
-    group_table,
-    markdown,
-    plot_curves,
-    plot_frontier,
-    suspect_table,
-    tables,
-    taken_points,
-)
+from hf_tsc.benchmark.acceptance import suspect_table
+from hf_tsc.benchmark.means import judging, means_table
+from hf_tsc.benchmark.pictures import plot_curves, plot_frontier, plot_means
+from hf_tsc.benchmark.points import farthest_within, last_points, markdown, taken_points
+from hf_tsc.benchmark.results import group_table, tables
 from hf_tsc.cli import main
 from hf_tsc.metrics import defense_effectiveness
 
@@ -119,8 +114,8 @@ class TestTables:
 
     def test_of_suspects(self):
         assert rows_of(suspect_table([line(), tuned(), line(seed=1)])) == [
-            ["resnet", "badnets", "0", "79.0", "100.0"],
-            ["resnet", "badnets", "1", "79.0", "100.0"],
+            ["resnet", "badnets", "0", "79.0", "100.0", "no clean twin"],
+            ["resnet", "badnets", "1", "79.0", "100.0", "no clean twin"],
         ]
 
     def test_numbers_are_set_to_the_right(self):
@@ -140,6 +135,102 @@ class TestTables:
         text = tables([line(), line(error="the loss is nan", id="bad", settings={"learning_rate": 9})])
         assert "- bad: the loss is nan" in text
         assert "## g: resnet" in text
+
+
+def of_suspect(attack: str, *, acc=0.8, asr=1.0, seed=0, method="tsc", after=(0.7, 0.1), **changes) -> dict:
+    """A line of one suspect, reported at t = 0.5 with an accuracy and an attack success rate."""
+    before = {"accuracy": acc, "attack_success_rate": asr, "robust_accuracy": 0.0}
+    points = [point(0.5, 0.7, 0.68, 0.1, report=measures(*after))]
+    named = {"attack": attack, "suspect": f"resnet-{attack}-{seed}", "id": f"{method}{attack}{seed}"}
+    measured = {"before": {"held_out": {"score": 0.8}, "select": before, "report": before}}
+    return line(method, seed=seed, points=points, **named, **measured, **changes)
+
+
+TWIN = of_suspect("clean", acc=0.81, asr=0.01)
+
+
+class TestSuspects:
+    @pytest.mark.parametrize(
+        ("attack", "acc", "asr", "missed"),
+        [
+            ("wanet", 0.79, 0.9, ""),
+            ("wanet", 0.83, 0.899, "ASR below 90.0"),
+            ("wanet", 0.789, 1.0, "ACC 2.1 from the clean twin's"),
+            ("wanet", 0.832, 1.0, "ACC 2.2 from the clean twin's"),
+            ("wanet", 0.7, 0.5, "ASR below 90.0, ACC 11.0 from the clean twin's"),
+            ("sig", 0.8, 0.6, ""),  # its images keep their label
+            ("sig", 0.8, 0.599, "ASR below 60.0"),
+            ("all_to_all", 0.8, 0.72, ""),
+            ("all_to_all", 0.8, 0.719, "ASR below 72.0"),
+            ("of_my_own", 0.8, 0.6, "ASR below 90.0"),
+        ],
+    )
+    def test_what_they_miss(self, attack, acc, asr, missed):
+        table = suspect_table([of_suspect(attack, acc=acc, asr=asr), TWIN])
+        assert {row[1]: row[-1] for row in rows_of(table)} == {attack: missed, "clean": ""}
+
+    def test_twin_of_the_same_seed_and_model(self):
+        others = [of_suspect("clean", acc=0.5, seed=1), of_suspect("clean", acc=0.5, model="vit")]
+        others[1]["suspect"] = "vit-clean-0"
+        rows = rows_of(suspect_table([of_suspect("bpp"), *others, TWIN]))
+        assert {row[-1] for row in rows} == {""}
+
+
+JUDGED = [
+    TWIN,
+    of_suspect("badnets", after=(0.1, 0.9)),  # chosen on
+    of_suspect("blended", after=(0.1, 0.9)),
+    of_suspect("wanet", asr=0.5, after=(0.1, 0.9)),  # does not work
+    of_suspect("bpp", after=(0.7, 0.1)),
+    of_suspect("sig", after=(0.72, 0.3)),
+    of_suspect("bpp", method="anp", after=(0.6, 0.5)),
+]
+
+
+class TestMeans:
+    def test_count_attacks_that_judge(self):
+        assert [line["id"] for line in judging(JUDGED)] == ["tscbpp0", "tscsig0", "anpbpp0"]
+
+    def test_table(self):
+        rows = {row[1]: row for row in rows_of(means_table(judging(JUDGED)))}
+        assert rows["TSC"] == ["1400", "TSC", "", "2 of 2", "80.0", "100.0", "71.0", "20.0", "80.0", "85.5", "", ""]
+        assert rows["ANP"][3:8] == ["1 of 2", "80.0", "100.0", "60.0", "50.0"]  # failed, or not run
+
+    def test_spread_is_that_of_the_seeds_means(self):
+        """Means of attacks: 71 of seed 0, 73 of seed 1."""
+        twin = of_suspect("clean", acc=0.8, seed=1)
+        more = [of_suspect("bpp", seed=1, after=(0.7, 0.2)), of_suspect("sig", seed=1, after=(0.76, 0.2))]
+        row = {row[1]: row for row in rows_of(means_table(judging([*JUDGED, twin, *more])))}["TSC"]
+        assert (row[3], row[6], row[7]) == ("4 of 4", "72.0 ± 1.4", "20.0 ± 0.0")
+
+    def test_not_over_what_was_measured_of_some(self):
+        lines = judging(JUDGED)
+        lines[0]["paths"][0]["points"][0]["retuned"] = measures(0.5, 0.9)
+        row = {row[1]: row for row in rows_of(means_table(lines))}
+        assert row["TSC"][-1] == ""
+        del lines[0]["paths"][0]["points"][0]["retuned"]
+
+    def test_are_told_where_several_attacks_count(self):
+        assert "### g: resnet, means over bpp, sig" in tables(JUDGED)
+        assert "means over" not in tables(JUDGED[:5])
+
+    def test_picture(self):
+        left, _ = plot_means(judging(JUDGED), title="x").axes
+        drawn = {one.get_label(): (list(one.get_xdata()), list(one.get_ydata())) for one in left.get_lines()}
+        assert drawn["TSC over t"] == (pytest.approx([71]), pytest.approx([20]))
+        assert drawn["ANP along its path"] == (pytest.approx([60]), pytest.approx([50]))
+
+    def test_picture_is_of_the_points_that_all_have(self):
+        lines = judging(JUDGED)[:2]
+        more = [{**point(0.9, 0.7, 0.7, 0.2), "report": measures(0.75, 0.4)}]
+        lines[0] = {**lines[0], "paths": [{**lines[0]["paths"][0], "points": last_points(lines[0]) + more}]}
+        left, _ = plot_means(lines, title="x").axes
+        assert list(left.get_lines()[0].get_xdata()) == pytest.approx([71])
+
+    def test_command(self, tmp_path):
+        (tmp_path / "r.jsonl").write_text("".join(json.dumps(one) + "\n" for one in JUDGED))
+        assert main(["benchmark-tables", str(tmp_path / "r.jsonl"), "--output_dir", str(tmp_path / "out")]) == 0
+        assert (tmp_path / "out" / "means-g-resnet-1400.png").is_file()
 
 
 class TestPictures:

@@ -67,8 +67,8 @@ CONTENT = {
         "greedy": {**ATTACK, "poison_rate": 0.99},  # more than there are images of other classes
     },
     "cells": [
-        {**TSC, "group": "curves", "report": [0.4], "retune": [0.5]},
-        {**TUNING, "group": "rates", "grid": {"learning_rate": [0.1, 0.05]}, "report": [0.5], "retune": [0, 1]},
+        {**TSC, "group": "curves", "report": ["taken"], "retune": [0.5]},
+        {**TUNING, "group": "rates", "grid": {"learning_rate": [0.1, 0.05]}, "report": [0.5], "retune": [0, "taken"]},
         {**TSC, "group": "wild", "settings": {**TSC_SETTINGS, "learning_rate": 1e30}},
     ],
 }
@@ -433,7 +433,7 @@ class TestChoice:
 
 
 REACTIVATION = {"images": 40, "poisoned": 20, "hidden": 16, "epochs": 2, "batch_size": 16}
-WOKEN = {**TUNING, "group": "g", "points": [0], "retune": [0, 1], "reactivate": [1]}
+WOKEN = {**TUNING, "group": "g", "points": [0], "retune": [0, "taken"], "reactivate": ["taken"]}
 
 
 class TestReactivation:

@@ -18,7 +18,7 @@ from hf_tsc.baselines.base import Case, Point
 from hf_tsc.baselines.registry import BASELINES, loss_config, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
 from hf_tsc.benchmark.methods import METHODS
-from hf_tsc.benchmark.plan import Cell
+from hf_tsc.benchmark.plan import TAKEN, Cell, Places
 from hf_tsc.benchmark.suspects import TASKS, attack_of, load
 from hf_tsc.captions import TEMPLATES
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
@@ -126,24 +126,30 @@ class _Bench:
 
     def along(self, point: Point, *, last: bool, taken: float) -> list[Measures]:
         """The measures of a path's points; only on the last path also those that cost more."""
-        wanted = sorted({*self.cell.points, taken, *(self.cell.report if last else ()), *self._retuned(last)})
-        return [self._measured(t, point(t), last=last) for t in wanted]
+        report, retune, reactivate = (
+            _points(places, taken) if last else set()
+            for places in (self.cell.report, self.cell.retune, self.cell.reactivate)
+        )
+        measured = []
+        for t in sorted({*self.cell.points, taken, *report, *retune}):
+            params = point(t)
+            found = self._measured(t, params)
+            if t in report:
+                found["report"] = self._on("report", self._forward_at(params))
+            if t in retune:
+                found |= self._attacked(params, reactivated=t in reactivate)
+            measured.append(found)
+        return measured
 
-    def _retuned(self, last: bool) -> tuple[float, ...]:
-        return self.cell.retune if last else ()
-
-    def _measured(self, t: float, params: Params, *, last: bool) -> Measures:
+    def _measured(self, t: float, params: Params) -> Measures:
         forward = self._forward_at(params)
-        found: Measures = {"t": t, "held_out": self._held_out(forward), "select": self._on("select", forward)}
-        if last and t in self.cell.report:
-            found["report"] = self._on("report", forward)
-        if last and t in self.cell.retune:
-            purified, settings = model_at(self.suspect, params), Retuning(**self.cell.retuning)
-            tuned = self._retune(purified, settings)
-            found["retuned"] = {"settings": asdict(settings), **self._on("report", tuned)}
-            if t in self.cell.reactivate:
-                found["reactivated"] = self._reactivated(purified, tuned)
-        return found
+        return {"t": t, "held_out": self._held_out(forward), "select": self._on("select", forward)}
+
+    def _attacked(self, params: Params, *, reactivated: bool) -> Measures:
+        purified, settings = model_at(self.suspect, params), Retuning(**self.cell.retuning)
+        tuned = self._retune(purified, settings)
+        found: Measures = {"retuned": {"settings": asdict(settings), **self._on("report", tuned)}}
+        return found | ({"reactivated": self._reactivated(purified, tuned)} if reactivated else {})
 
     def _retune(self, purified: PreTrainedModel, settings: Retuning) -> PreTrainedModel:
         with torch.enable_grad():
@@ -182,6 +188,10 @@ class _Bench:
 
     def _held_out(self, forward: Forward) -> Measures:
         return _rounded(self.on_held_out(forward))
+
+
+def _points(places: Places, taken: float) -> set[float]:
+    return {taken if place == TAKEN else float(place) for place in places}
 
 
 def _batches(dataset: Any) -> Iterable[Any]:

@@ -35,8 +35,8 @@ A plan is a YAML file:
         settings: {steps: 800, learning_rate: 0.1}   # of tsc also `preset` and `permutation`
         grid: {learning_rate: [0.01, 0.1]}      # every combination, on top of the settings
         points: [0.5, 1.0]      # where the path is measured on select; 0, 0.1, ... 1 by default
-        report: [0.5]           # where it is also measured on report
-        retune: [0.5]           # and after the re-tuning attack
+        report: [0.5]           # where it is also measured on report; `taken` is the point that the method takes
+        retune: [taken]         # and after the re-tuning attack
         reactivate: [0.5]       # some of retune: also under query-based reactivation, beside the clean twin
 
 The seed of a cell makes its suspect, draws the clean images and trains.
@@ -61,6 +61,8 @@ from hf_tsc.retuning import Retuning
 
 ROWS = ("suspect", "clean", "select", "report")
 EVERY_TENTH = tuple(k / 10 for k in range(11))
+TAKEN = "taken"  # in place of a point: the one that the method takes
+Places = tuple[float | str, ...]
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,11 @@ class Cell:
     held_out: float
     settings: dict[str, Any]
     points: tuple[float, ...]
-    report: tuple[float, ...]
-    retune: tuple[float, ...]
+    report: Places
+    retune: Places
     retuning: dict[str, Any]
     rows: dict[str, tuple[int, int]]
-    reactivate: tuple[float, ...] = ()
+    reactivate: Places = ()
     reactivation: dict[str, Any] = field(default_factory=dict)
     twin: SuspectPlan | None = None
 
@@ -185,7 +187,7 @@ def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str,
     if entry["method"] not in METHODS:
         raise ValueError(f"method {entry['method']!r}: expected one of {', '.join(METHODS)}")
     grid: dict[str, list[Any]] = entry.get("grid", {})
-    reactivate = _points(entry.get("reactivate", ()))
+    reactivate = _places(entry.get("reactivate", ()))
     for model, attack, seed in itertools.product(entry["models"], entry["attacks"], entry["seeds"]):
         suspects = Suspects(content, model, int(seed), rows["suspect"])
         suspect = suspects.of(attack)
@@ -199,8 +201,8 @@ def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str,
                 held_out=float(entry.get("held_out", 0.2)),
                 settings={**entry.get("settings", {}), **dict(zip(grid, values, strict=True))},
                 points=_points(entry.get("points", EVERY_TENTH)),
-                report=_points(entry.get("report", ())),
-                retune=_points(entry.get("retune", ())),
+                report=_places(entry.get("report", ())),
+                retune=_places(entry.get("retune", ())),
                 retuning=dict(content["models"][model].get("retuning", {})),
                 rows=rows,
                 reactivate=reactivate,
@@ -229,7 +231,7 @@ def _check(cell: Cell) -> None:
 
 
 def _check_reactivation(cell: Cell) -> None:
-    if more := sorted(set(cell.reactivate) - set(cell.retune)):
+    if more := [place for place in cell.reactivate if place not in cell.retune]:
         raise ValueError(f"reactivate {more}: expected points of retune, as reactivation needs the re-tuned model")
     check_side(cell.suspect.image_size, cell.suspect.image_size)
     how, (first, last) = Reactivation(**cell.reactivation), cell.suspect.rows
@@ -247,6 +249,10 @@ def _range(value: Any, name: str) -> tuple[int, int]:
     if not 0 <= first < last:
         raise ValueError(f"rows of {name}, {value}: expected [first, last + 1]")
     return first, last
+
+
+def _places(values: Any) -> Places:
+    return tuple(place for value in values for place in ((value,) if value == TAKEN else _points([value])))
 
 
 def _points(values: Any) -> tuple[float, ...]:

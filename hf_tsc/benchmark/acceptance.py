@@ -1,0 +1,63 @@
+"""Which suspects are fit to judge a defence by: the backdoor works, and the clean accuracy is that of the clean twin.
+
+Attacks are known by their names in the plan: that of their trigger, `clean` for the clean twin, `all_to_all` for a
+backdoor that leads each class to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from hf_tsc.benchmark.lines import Line
+from hf_tsc.benchmark.points import MEASURES, markdown, percent
+from hf_tsc.triggers import TRIGGERS
+
+CLEAN, ALL_TO_ALL = "clean", "all_to_all"
+LOWEST_ASR, LOWEST_ASR_CLEAN_LABEL = 0.9, 0.6
+LARGEST_DISTANCE = 0.02  # of the accuracy from the clean twin's
+EXACT = 1e-9  # measures are written with six digits
+
+
+def lowest_asr(attack: str, accuracy: float) -> float:
+    """What the attack success rate must reach; of all-to-all a share of the accuracy, which is its bound."""
+    if attack == ALL_TO_ALL:
+        return LOWEST_ASR * accuracy
+    clean_label = attack in TRIGGERS and TRIGGERS[attack].poisoning.clean_label
+    return LOWEST_ASR_CLEAN_LABEL if clean_label else LOWEST_ASR
+
+
+def shortcomings(lines: Iterable[Line]) -> dict[str, str]:
+    """What each suspect misses on the images of `report`, in words; an empty text where nothing, and for clean twins.
+
+    Args:
+        lines: of a benchmark; a suspect's twin is the model of the attack `clean` with the same name and seed.
+    """
+    by_suspect = {line["suspect"]: line for line in lines}
+    twins = {(line["model"], line["seed"]): line for line in by_suspect.values() if line["attack"] == CLEAN}
+    return {
+        name: "" if line["attack"] == CLEAN else _missed(line, twins.get((line["model"], line["seed"])))
+        for name, line in by_suspect.items()
+    }
+
+
+def _missed(line: Line, twin: Line | None) -> str:
+    measured = line["before"]["report"]
+    wanted = lowest_asr(line["attack"], measured["accuracy"])
+    missed = [f"ASR below {100 * wanted:.1f}"] if measured["attack_success_rate"] < wanted - EXACT else []
+    if twin is None:
+        missed.append("no clean twin")
+    else:
+        distance = abs(measured["accuracy"] - twin["before"]["report"]["accuracy"])
+        missed += [f"ACC {100 * distance:.1f} from the clean twin's"] if distance > LARGEST_DISTANCE + EXACT else []
+    return ", ".join(missed)
+
+
+def suspect_table(lines: Sequence[Line]) -> str:
+    """The suspects, on the images of `report`, and what they miss."""
+    by_suspect, missed = {line["suspect"]: line for line in lines}, shortcomings(lines)
+    rows = []
+    for name, line in sorted(by_suspect.items()):
+        measured = line["before"]["report"]
+        names = [line["model"], line["attack"], str(line["seed"])]
+        rows.append([*names, *(percent([measured[MEASURES[column]]]) for column in ("ACC", "ASR")), missed[name]])
+    return markdown(["model", "attack", "seed", "ACC", "ASR", "misses"], rows)

@@ -1,0 +1,110 @@
+"""Pictures of what a benchmark found: paths, and where methods stand between accuracy and attack success rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from statistics import mean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from hf_tsc.baselines.registry import BASELINES
+from hf_tsc.benchmark.lines import Line
+from hf_tsc.benchmark.points import last_points, names_of, shown_settings
+
+LABELS = {"tsc": "TSC over t", "fine_tuning": "interpolated fine-tuning over its share"}
+COLOURS = {"TSC": "tab:blue", "interpolated": "tab:orange", "fine-tuning": "tab:red"}
+OTHER_COLOURS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray", "black")
+
+
+def plot_curves(line: Line) -> Figure:
+    """Clean accuracy and attack success rate along every path of a cell."""
+    paths = line["paths"]
+    figure = Figure(figsize=(4 * len(paths) + 1, 3.4), layout="constrained")
+    for number, path in enumerate(paths):
+        axes = figure.add_subplot(1, len(paths), number + 1)
+        ts = [point["t"] for point in path["points"]]
+        for label, name, style in (("clean accuracy", "accuracy", "-o"), ("ASR", "attack_success_rate", "-s")):
+            axes.plot(ts, [100 * point["select"][name] for point in path["points"]], style, markersize=3, label=label)
+        retuned = [point for point in path["points"] if "retuned" in point]
+        if retuned:
+            values = [100 * point["retuned"]["attack_success_rate"] for point in retuned]
+            axes.plot([point["t"] for point in retuned], values, "k^", markersize=5, label="ASR after re-tuning")
+        axes.axvline(path["taken"], color="grey", linewidth=0.8, linestyle=":")
+        axes.set(title=path["path"], xlabel="t", ylabel="%", ylim=(-2, 102))
+        axes.legend(fontsize=7)
+    figure.suptitle(f"{line['model']}, {line['attack']}, seed {line['seed']}: {line['method']}")
+    return figure
+
+
+def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
+    """Where methods stand between accuracy and attack success rate, before and after re-tuning.
+
+    TSC over t (of a first curve both ends are backdoored), interpolated fine-tuning over its share, each along its
+    path, one line a cell; plain fine-tuning over learning rates as dots, as others that end their path. On the
+    images of `report` where all lines have these, else on those of `select`.
+    """
+    return _plot_frontiers([[line] for line in lines if "error" not in line], title)
+
+
+def plot_means(lines: Sequence[Line], *, title: str) -> Figure:
+    """The same, each path as the mean over the lines of one method and setting: attacks and seeds."""
+    finished = [line for line in lines if "error" not in line]
+    settings = shown_settings(finished)
+
+    def key(line: Line) -> tuple[Any, ...]:
+        return line["method"], settings(line)
+
+    return _plot_frontiers([list(several) for _, several in groupby(sorted(finished, key=key), key=key)], title)
+
+
+def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
+    """Each path is the mean over some lines."""
+    images = "report" if all(is_reported(line) for lines in paths for line in lines) else "select"
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, place, name in ((left, images, "purified"), (right, "retuned", "after re-tuning with poisoned images")):
+        for lines in paths:
+            _plot_path(axes, lines, place)
+        axes.set(xlabel="clean accuracy, %", title=name, ylim=(-3, 103))
+        axes.grid(alpha=0.3)
+    left.set(ylabel="attack success rate, %")
+    handles: dict[str, Any] = {}
+    for axes in (left, right):
+        drawn, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, drawn, strict=True))
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    return figure
+
+
+def _plot_path(axes: Any, lines: Sequence[Line], where: str) -> None:
+    method, taken = lines[0]["method"], {line["paths"][-1]["taken"] for line in lines}
+    own, within = names_of(method)
+    points = _mean_points(lines, where)
+    xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
+    label = LABELS.get(method, f"{own} along its path")
+    colour = COLOURS.get(own if method == "tsc" else within) or _other_colour(method)
+    axes.plot(xs, ys, "-o", markersize=3, linewidth=1, color=colour, label=label)
+    if method != "tsc" and points and points[-1][0] == 1 and taken == {1}:
+        axes.plot(xs[-1:], ys[-1:], "o", color=COLOURS.get(own, colour), label=own, zorder=3)
+
+
+def _mean_points(lines: Sequence[Line], where: str) -> list[tuple[float, float, float]]:
+    """t, accuracy and attack success rate in percent, at the points that all lines have been measured at."""
+    measured = [{point["t"]: point[where] for point in last_points(line) if where in point} for line in lines]
+    shared = sorted(set.intersection(*(set(points) for points in measured)))
+    names = ("accuracy", "attack_success_rate")
+    return [(t, *(100 * mean(points[t][name] for points in measured) for name in names)) for t in shared]
+
+
+def _other_colour(method: str) -> str:
+    """One of its own for each of the other baselines."""
+    return OTHER_COLOURS[[name for name in BASELINES if name != "fine_tuning"].index(method) % len(OTHER_COLOURS)]
+
+
+def is_reported(line: Line) -> bool:
+    """Whether a point of the last path was measured on the images of `report`."""
+    return any("report" in point for point in last_points(line))

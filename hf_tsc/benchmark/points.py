@@ -1,0 +1,130 @@
+"""The points of a finished cell that stand for its method, and how numbers and tables are written.
+
+A line holds the points of whole paths. What is shown of them is the point that the method takes: t* of TSC, 1 (plain)
+for fine-tuning; and, as "within budget", the one farthest from the suspect that loses at most `MAX_DROP` of its
+accuracy on the held-out images, which needs no trigger: of a curve as `max_accuracy_drop` would choose it, of
+fine-tuning the largest share of the fine-tuned model (interpolated fine-tuning), and so on for the other methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from hf_tsc.baselines.registry import BASELINES
+from hf_tsc.benchmark.lines import Line
+from hf_tsc.metrics import defense_effectiveness
+
+MAX_DROP = 0.04
+MEASURES = {"ACC": "accuracy", "ASR": "attack_success_rate", "RA": "robust_accuracy"}
+REACTIVATED = {"reactivated ASR": "reactivated", "clean twin's ASR": "twin"}  # shown where something was reactivated
+Measures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The point of a finished cell that a method takes, by one name of the method."""
+
+    method: str
+    line: Line
+    point: Measures
+
+    @property
+    def place(self) -> str:
+        """`report` where it was measured, else `select`."""
+        return "report" if "report" in self.point else "select"
+
+    def value(self, name: str) -> float | None:
+        """A measure by its column, a fraction; None where it was not measured."""
+        measured, before = self.point[self.place], self.line["before"][self.place]
+        if name.endswith(" before"):
+            return before[MEASURES[name.removesuffix(" before")]]
+        if name == "DER":
+            return defense_effectiveness(
+                acc_before=before["accuracy"],
+                acc_after=measured["accuracy"],
+                asr_before=before["attack_success_rate"],
+                asr_after=measured["attack_success_rate"],
+            )
+        if name in REACTIVATED:
+            return self.point.get("reactivated", {}).get(REACTIVATED[name])
+        if name.startswith("re-tuned "):
+            return self.point.get("retuned", {}).get(MEASURES[name.removeprefix("re-tuned ")])
+        return measured[MEASURES[name]]
+
+
+def last_points(line: Line) -> list[Measures]:
+    """The points of a cell's last path."""
+    return line["paths"][-1]["points"]
+
+
+def taken_points(line: Line) -> list[Taken]:
+    """What a line has to say of each method; nothing where the method failed."""
+    if "error" in line:
+        return []
+    points, at = last_points(line), line["paths"][-1]["taken"]
+    own = next(point for point in points if point["t"] == at)
+    names = names_of(line["method"])
+    within = farthest_within(line)
+    return [Taken(names[0], line, own), *([Taken(names[1], line, within)] if within is not None else [])]
+
+
+def names_of(method: str) -> tuple[str, str]:
+    """What a method's own point is called, and what the one within budget."""
+    if method == "fine_tuning":
+        return "fine-tuning", "interpolated"
+    short = "TSC" if method == "tsc" else BASELINES[method].short
+    return short, f"{short} within budget"
+
+
+def farthest_within(line: Line, max_drop: float = MAX_DROP) -> Measures | None:
+    """The point within the accuracy budget on the held-out images that is farthest from the backdoored ends."""
+    lowest = line["before"]["held_out"]["score"] - max_drop - 1e-9
+    both_ends = is_first_curve(line)
+    inner = [p for p in last_points(line) if 0 < p["t"] < 1 or (p["t"] == 1 and line["method"] != "tsc")]
+    within = [point for point in inner if point["held_out"]["score"] >= lowest]
+    return max(within, key=lambda p: min(p["t"], 1 - p["t"]) if both_ends else p["t"], default=None)
+
+
+def is_first_curve(line: Line) -> bool:
+    """Whether the last path is a curve between the model and its copy, with a backdoor at either end."""
+    return line["method"] == "tsc" and line["paths"][-1]["path"].endswith("curve 1")
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the columns that hold numbers are set to the right."""
+
+    def is_number(column: int) -> bool:
+        return all(row[column][:1].isdigit() or row[column] == "" for row in rows)
+
+    rule = ["---:" if rows and is_number(k) else "---" for k in range(len(head))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+
+
+def shown_settings(lines: Sequence[Line]) -> Callable[[Line], tuple[tuple[str, str], ...]]:
+    """What tells a line's settings from those of its method's other lines: names and values, as text."""
+    methods = {line["method"] for line in lines}
+    names = {method: _varying([line for line in lines if line["method"] == method]) for method in methods}
+    return lambda line: tuple((name, _short(line["settings"].get(name))) for name in names[line["method"]])
+
+
+def _varying(lines: Sequence[Line]) -> list[str]:
+    """The names of settings whose values differ between the lines."""
+    settings = [line["settings"] for line in lines]
+    names = dict.fromkeys(name for one in settings for name in one)
+    return [name for name in names if len({str(one.get(name)) for one in settings}) > 1]
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    return " ".join(map(_short, value)) if isinstance(value, list) else str(value)
+
+
+def percent(values: Sequence[float | None]) -> str:
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{mean(known):.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")
