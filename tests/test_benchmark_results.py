@@ -247,9 +247,10 @@ class TestPictures:
         assert [list(one.get_ydata()) for one in right.get_lines()] == [[90], []]
 
     def test_frontier_is_of_the_same_images_for_all(self):
-        """Those of `report` where all methods have them."""
-        reported = line(points=[point(0.5, 0.7, 0.68, 0.1, report=measures(0.66, 0.2))])
-        for lines, expected in (([reported], [66]), ([reported, tuned()], [68])):
+        """Those of `report` where all points have them: a path is not thinned out."""
+        known = point(0.5, 0.7, 0.68, 0.1, report=measures(0.66, 0.2))
+        reported, partly = line(points=[known]), line(points=[known, point(0.6, 0.7, 0.7, 0.3)])
+        for lines, expected in (([reported], [66]), ([partly], [68, 70]), ([reported, tuned()], [68])):
             left, _ = plot_frontier(lines, title="x").axes
             assert list(left.get_lines()[0].get_xdata()) == pytest.approx(expected)
 

@@ -15,6 +15,7 @@ from hf_tsc.benchmark.points import last_points, names_of, shown_settings
 
 LABELS = {"tsc": "TSC over t", "fine_tuning": "interpolated fine-tuning over its share"}
 COLOURS = {"TSC": "tab:blue", "interpolated": "tab:orange", "fine-tuning": "tab:red"}
+SHOWN = 20  # points of accuracy in a picture of frontiers
 OTHER_COLOURS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray", "black")
 
 
@@ -43,7 +44,8 @@ def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
 
     TSC over t (of a first curve both ends are backdoored), interpolated fine-tuning over its share, each along its
     path, one line a cell; plain fine-tuning over learning rates as dots, as others that end their path. On the
-    images of `report` where all lines have these, else on those of `select`.
+    images of `report` where all points were measured on these, else on those of `select`. What is more than `SHOWN`
+    points of accuracy below the best is cut off.
     """
     return _plot_frontiers([[line] for line in lines if "error" not in line], title)
 
@@ -61,7 +63,8 @@ def plot_means(lines: Sequence[Line], *, title: str) -> Figure:
 
 def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
     """Each path is the mean over some lines."""
-    images = "report" if all(is_reported(line) for lines in paths for line in lines) else "select"
+    everywhere = all("report" in point for lines in paths for line in lines for point in last_points(line))
+    images = "report" if everywhere else "select"
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, place, name in ((left, images, "purified"), (right, "retuned", "after re-tuning with poisoned images")):
@@ -70,6 +73,8 @@ def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
         axes.set(xlabel="clean accuracy, %", title=name, ylim=(-3, 103))
         axes.grid(alpha=0.3)
     left.set(ylabel="attack success rate, %")
+    best = max((x for axes in (left, right) for line in axes.get_lines() for x in line.get_xdata()), default=100)
+    left.set(xlim=(best - SHOWN, best + SHOWN / 20))
     handles: dict[str, Any] = {}
     for axes in (left, right):
         drawn, labels = axes.get_legend_handles_labels()
