@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from hf_tsc.baselines.registry import BASELINES
 from hf_tsc.benchmark.acceptance import suspect_table
 from hf_tsc.benchmark.means import judging, means_table
-from hf_tsc.benchmark.pictures import plot_curves, plot_frontier, plot_means
+from hf_tsc.benchmark.pictures import _other_colour, plot_curves, plot_frontier, plot_means
 from hf_tsc.benchmark.points import farthest_within, last_points, markdown, taken_points
 from hf_tsc.benchmark.results import group_table, tables
 from hf_tsc.cli import main
@@ -234,6 +235,10 @@ class TestMeans:
 
 
 class TestPictures:
+    def test_each_baseline_has_a_colour_of_its_own(self):
+        others = [name for name in BASELINES if name != "fine_tuning"]
+        assert len({_other_colour(name) for name in others}) == len(others)
+
     def test_curves(self):
         reached = point(0.5, 0.7, 0.68, 0.1, retuned=measures(0.5, 0.9))
         (axes,) = plot_curves(line(points=[point(0.0, 0.8, 0.8, 1.0), reached])).axes

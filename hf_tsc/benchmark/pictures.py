@@ -16,7 +16,9 @@ from hf_tsc.benchmark.points import last_points, names_of, shown_settings
 LABELS = {"tsc": "TSC over t", "fine_tuning": "interpolated fine-tuning over its share"}
 COLOURS = {"TSC": "tab:blue", "interpolated": "tab:orange", "fine-tuning": "tab:red"}
 SHOWN = 20  # points of accuracy in a picture of frontiers
-OTHER_COLOURS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray", "black")
+OTHER_COLOURS = (
+    "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray", "black", "gold"
+)  # fmt: skip
 
 
 def plot_curves(line: Line) -> Figure:
