@@ -12,6 +12,7 @@ run several at once, with an `--output` each and one thread (OMP_NUM_THREADS=1).
 from __future__ import annotations
 
 import json
+import sys
 import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_tsc.benchmark.lines import open_lines, read_lines
+from hf_tsc.cli_arguments import parse
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.evidence.gather import flat_evidence
@@ -110,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache_dir", type=Path, required=True, help="folder of suspects, as of `hf-tsc benchmark`")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file of JSON lines; the table goes to its .md")
     parser.add_argument("--only", nargs="*", default=[], help="only folders whose names contain all of these words")
-    data_args, settings, args = parser.parse_args_into_dataclasses(argv)
+    data_args, settings, args = parse(parser, sys.argv[1:] if argv is None else argv)
     folders = sorted(record.parent for record in args.cache_dir.glob(f"*/{RECORD}"))
     chosen = [folder for folder in folders if all(word in folder.name for word in args.only)]
     if not chosen:
