@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, SchedulerType, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_tsc.activations import Batch
+from hf_tsc.batch_norm import PASSES as STATISTICS_PASSES
 from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve import CurveModel
 from hf_tsc.errors import CheckpointError, PurificationError, UsageError
@@ -33,6 +34,7 @@ from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, Objective
 from hf_tsc.permutation import Params
 from hf_tsc.processes import number_of_processes, rank, together
+from hf_tsc.seeds import derived_seed
 from hf_tsc.synced_batch_norm import SyncedBatchNorm
 from hf_tsc.tsc_config import SCHEDULES, TSCConfig
 
@@ -112,12 +114,13 @@ class CurveTrainer(ObjectiveTrainer):
         Every process has to call it, as each reads its share of the images for the statistics.
         """
         params, buffers = self.curve.point(t), dict(self.suspect.named_buffers())
-        return {**params, **recompute_statistics(self.suspect, params, self._clean_batches(), buffers)}
+        return {**params, **recompute_statistics(self.suspect, params, self._statistics_batches(), buffers)}
 
-    def _batches(self, dataset: Any, *, divided: bool = False) -> Iterator[Batch]:
+    def _batches(self, dataset: Any, *, divided: bool = False, order: Sequence[int] | None = None) -> Iterator[Batch]:
         """In fixed order; `divided` among the processes: of W, process r has the batches r, r + W, ..."""
         size = self.args.statistics_batch_size
-        batches = list(BatchSampler(SequentialSampler(dataset), size, drop_last=False))
+        sampler = SequentialSampler(dataset) if order is None else order
+        batches = list(BatchSampler(sampler, size, drop_last=False))
         if divided:
             batches = batches[rank() :: number_of_processes()]
         loader: Any = DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator)
@@ -127,6 +130,18 @@ class CurveTrainer(ObjectiveTrainer):
     def _clean_batches(self) -> Iterator[Batch]:
         """This process' share of the training part, without augmentation."""
         return (self.objective.model_inputs(batch) for batch in self._batches(self.train_dataset, divided=True))
+
+    def _statistics_batches(self) -> Iterator[Batch]:
+        """This process' share of the images that BatchNorm statistics are computed of."""
+        if self.args.batch_norm_images == "clean":
+            yield from self._clean_batches()
+            return
+        seed, count = self.args.seed, len(self.train_dataset)  # type: ignore[arg-type]
+        for number in range(STATISTICS_PASSES):
+            order = np.random.default_rng([seed, number, 5]).permutation(count).tolist()
+            for place, batch in enumerate(self._batches(self.train_dataset, divided=True, order=order)):
+                place_of_all = rank() + place * number_of_processes()
+                yield self.objective.training_inputs(batch, seed=derived_seed(seed, number, place_of_all, 6))
 
     def measure(self, tensors: Params) -> dict[str, float]:
         """`loss` and `score` of a point on the held-out images, all of which this process reads."""

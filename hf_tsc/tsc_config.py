@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_tsc.activations import MATCHING_METHODS
+from hf_tsc.batch_norm import IMAGES as BATCH_NORM_IMAGES
 from hf_tsc.batch_norm import batch_norm_buffers
 from hf_tsc.errors import UsageError
 from hf_tsc.images import AUGMENTATIONS
@@ -56,20 +57,23 @@ PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER_PRESET}
 # Searched on CIFAR-10; see docs/results.md.
 COMMON_DEFAULTS: dict[str, Any] = {
     "stages": 1,
-    "curve1_window": [0.6, 0.8],
     "objective": "distillation",
     "mixup_alpha": 1.0,
 }
 BATCH_NORM_DEFAULTS: dict[str, Any] = {
     **COMMON_DEFAULTS,
+    "move_spaces": [kind for kind in KINDS if kind != "residual"],
+    "feature_weight": 20.0,
+    "curve1_window": [0.7, 0.9],
     "curve1_t": 0.7,
     "curve_epochs": 70.0,
     "optim": "sgd",
     "optim_args": "momentum=0.9",
-    "learning_rate": 0.4,
+    "learning_rate": 0.7,
 }
 TRANSFORMER_DEFAULTS: dict[str, Any] = {
     **COMMON_DEFAULTS,
+    "curve1_window": [0.6, 0.8],
     "curve1_t": 0.6,
     "curve_epochs": 140.0,
     "per_device_train_batch_size": 32,
@@ -136,7 +140,11 @@ class TSCConfig(TrainingArguments):
         mixed picture; `clean`, the picture as it is in the data set.
     teacher_errors (`str`): what becomes of a distilled classifier's answers that are not the label: `keep` learns them
         like others, `drop` leaves these items out, `correct` learns the label.
+    feature_weight (`float`): of the distance between hidden states and the suspect's, beside that of answers or
+        features, in a distillation; 0 for none. Hidden states move with the residual stream, which has to stay.
     mixup_alpha (`float`): mixup with λ ~ Beta(alpha, alpha); 0 for none.
+    batch_norm_images (`str`): images that the BatchNorm statistics of a point are computed of: `training`, augmented
+        and mixed as its weights have seen them, or `clean`, as they are in the data set.
     sync_batch_norm (`bool`): in several processes, BatchNorm layers normalise a training batch with the mean and the
         variance of all processes' images; otherwise each process with those of its own, so that what counts is
         `per_device_train_batch_size`.
@@ -194,11 +202,18 @@ class TSCConfig(TrainingArguments):
             "choices": TEACHER_ERRORS,
         },
     )
+    feature_weight: float = field(
+        default=0.0, metadata={"help": "Of a distilled suspect's hidden states in the loss; 0 for none."}
+    )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup with Beta(alpha, alpha); 0 for none."})
     augmentation: str = field(
         default="crop", metadata={"help": "Random changes of the training images.", "choices": AUGMENTATIONS}
     )
 
+    batch_norm_images: str = field(
+        default="training",
+        metadata={"help": "Images that BatchNorm statistics are computed of.", "choices": BATCH_NORM_IMAGES},
+    )
     sync_batch_norm: bool = field(
         default=False, metadata={"help": "BatchNorm along the curve over the images of all processes, not of each."}
     )
@@ -245,7 +260,10 @@ class TSCConfig(TrainingArguments):
         family = family_defaults(model)
         chosen = family["objective"] if family["objective"] in objectives else objectives[0]
         objective = overrides.get("objective", chosen)
-        return cls(**{**family, "objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides})
+        values = {**family, "objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides}
+        if "feature_weight" not in overrides and not _has_hidden_states(values):
+            values.pop("feature_weight", None)
+        return cls(**values)
 
     def segment_steps(self, images: int) -> int:
         """Optimisation steps a curve, over so many clean images."""
@@ -271,6 +289,7 @@ class TSCConfig(TrainingArguments):
             "teacher_view": TEACHER_VIEWS,
             "teacher_errors": TEACHER_ERRORS,
             "lr_scheduler_type": tuple(SCHEDULES),
+            "batch_norm_images": BATCH_NORM_IMAGES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -284,6 +303,14 @@ class TSCConfig(TrainingArguments):
             raise UsageError(
                 f"move_towers={self.move_towers}, train_towers={self.train_towers}: at least one tower must be "
                 "trained, and one that moves must be, as nothing else holds its curve together"
+            )
+        if not (math.isfinite(self.feature_weight) and self.feature_weight >= 0):
+            raise UsageError(f"feature_weight={self.feature_weight}: expected 0 (none) or a positive number")
+        if self.feature_weight and not _has_hidden_states(vars(self)):
+            raise UsageError(
+                f"feature_weight={self.feature_weight} with objective={self.objective}, "
+                f"move_spaces={self.move_spaces}: hidden states are followed in a distillation alone, and only where "
+                "the residual stream stays in place; give feature_weight=0, or leave residual out of move_spaces"
             )
         if self.statistics_memory_gb is not None and not self.statistics_memory_gb > 0:
             raise UsageError(f"statistics_memory_gb={self.statistics_memory_gb}: expected a positive number")
@@ -313,6 +340,11 @@ class TSCConfig(TrainingArguments):
             )
         if self.load_best_model_at_end:
             raise UsageError("load_best_model_at_end: there is no best step across curves; use max_accuracy_drop")
+
+
+def _has_hidden_states(values: Mapping[str, Any]) -> bool:
+    """Whether there are hidden states to follow: the suspect teaches, and they do not move along the curve."""
+    return values["objective"] == "distillation" and "residual" not in values.get("move_spaces", KINDS)
 
 
 def family_defaults(model: nn.Module) -> dict[str, Any]:

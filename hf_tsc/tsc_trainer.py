@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -33,9 +34,9 @@ from hf_tsc.folders import sha256
 from hf_tsc.functional import model_at, tensors_of
 from hf_tsc.hub import Pushed, PushOptions, is_folder, push_folder
 from hf_tsc.images import ImagePipeline
-from hf_tsc.objectives import Forward, ImageClassification, Objective
+from hf_tsc.objectives import Forward, HiddenStates, ImageClassification, Objective
 from hf_tsc.passes import match_networks, restrict
-from hf_tsc.permutation import Params, PermutationSpec, apply, identity, moved_fraction
+from hf_tsc.permutation import KINDS, Params, PermutationSpec, apply, identity, moved_fraction
 from hf_tsc.processes import (
     check_world_size,
     number_of_processes,
@@ -48,8 +49,11 @@ from hf_tsc.report import PurificationReport, environment, summarise_spec
 from hf_tsc.specs import spec_of
 from hf_tsc.towers import TOWERS, parameters_by_tower, spaces_clear_of
 from hf_tsc.tsc_config import TSCConfig, reported_arguments
+from hf_tsc.unmoved_states import unmoved_states
 
 Monitor = Callable[[Forward], float]
+
+logger = logging.getLogger(__name__)
 
 
 class TSCTrainer(CurveTrainer):
@@ -106,6 +110,8 @@ class TSCTrainer(CurveTrainer):
             objective = _classification(args, processing_class, suspect, score_name)
         curve = CurveModel(model)
         self._movable = _keep_towers(curve, model, self.spec, inputs, args)
+        _check_movable(self._movable, model, args)
+        _keep_unmoved(objective, model, self._movable, inputs, args)
         super().__init__(
             suspect,
             curve,
@@ -354,6 +360,35 @@ def _keep_towers(
     return restrict(spec, spaces_clear_of(spec, still))
 
 
+def _check_movable(spec: PermutationSpec, model: PreTrainedModel, args: TSCConfig) -> None:
+    """Raises UsageError where nothing can move although something should."""
+    there = [kind for kind in KINDS if any(space.kind == kind for space in spec.spaces.values())]
+    if there and args.move_spaces and not set(there) & set(args.move_spaces):
+        raise UsageError(
+            f"{type(model).__name__} has no spaces of the kinds {', '.join(args.move_spaces)}: expected some of "
+            f"{', '.join(there)} in move_spaces, or nothing would move"
+        )
+
+
+def _keep_unmoved(
+    objective: Objective, model: PreTrainedModel, spec: PermutationSpec, inputs: Batch, args: TSCConfig
+) -> None:
+    """Along the curve only those hidden states are followed that its end has in common with the suspect."""
+    following: HiddenStates | None = getattr(objective, "hidden_states", None)
+    if following is None:
+        return
+    kinds: Any = args.move_spaces
+    following.places = unmoved_states(model, spec, kinds, inputs)
+    if not following.places:
+        logger.warning(
+            "%s has no hidden state that stays in place along the curve: feature_weight=%g has no effect",
+            type(model).__name__,
+            following.weight,
+        )
+        objective.hidden_states = None  # type: ignore[attr-defined]
+        args.feature_weight = 0.0
+
+
 class _SegmentCallback(TrainerCallback):
     """Calls the trainer at the beginning and at the end of each segment."""
 
@@ -386,5 +421,6 @@ def _classification(args: TSCConfig, processor: Any, suspect: PreTrainedModel, s
         mixup_alpha=args.mixup_alpha,
         teacher_view=args.teacher_view,
         teacher_errors=args.teacher_errors,
+        feature_weight=args.feature_weight,
         score_name=score_name,
     )

@@ -100,6 +100,10 @@ def distilled(model: Any) -> Objective:
     return ImageClassification(Doubles(tiny.processor()), augmentation="affine", teacher=model, **options)
 
 
+def followed(model: Any) -> Objective:
+    return ImageClassification(Doubles(tiny.processor()), augmentation="crop", teacher=model, feature_weight=5.0)
+
+
 def matched(model: Any) -> Objective:
     return ImageText(Doubles(tiny.processor()), captions(), augmentation="simclr")
 
@@ -127,6 +131,11 @@ CASES: dict[str, tuple[str, Callable[[Any], Objective], dict[str, Any]]] = {
     "vit": ("vit", plain, {}),
     "vit_augmented": ("vit", augmented, {"max_positions": 3, "max_accuracy_drop": 100.0}),
     "resnet": ("resnet", distilled, {"sync_batch_norm": True, "learning_rate": 0.02}),
+    "resnet_followed": (
+        "resnet",
+        followed,
+        {"sync_batch_norm": True, "learning_rate": 0.001, "move_spaces": ["hidden"]},
+    ),
     "resnet_apart": ("resnet", plain, {"learning_rate": 0.02}),
     # In one batch, as P and its inverse un-align equally well, and how a sum is rounded decides between them.
     "clip": ("clip", matched, {"learning_rate": 5.0, "statistics_batch_size": IMAGES}),

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from hf_tsc.activations import Batch
+from hf_tsc.batch_norm import PASSES as STATISTICS_PASSES
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
 from hf_tsc.functional import call_at, tensors_of
 from hf_tsc.images import collate
@@ -66,11 +67,22 @@ class Case:
             mixup_alpha=settings.mixup_alpha,
             teacher_view=settings.teacher_view,
             teacher_errors=settings.teacher_errors,
+            feature_weight=settings.feature_weight,
         )
 
     def clean_batches(self, objective: Objective) -> Iterator[Batch]:
         """All training images as model inputs, in fixed order and without augmentation."""
         return (objective.model_inputs(batch) for batch in self._batches(self.train))
+
+    def statistics_batches(self, objective: Objective, images: str) -> Iterator[Batch]:
+        """What BatchNorm statistics are computed of: `clean` images, or those of the `training`, drawn twice."""
+        if images == "clean":
+            yield from self.clean_batches(objective)
+            return
+        for number in range(STATISTICS_PASSES):
+            shuffled = self.shuffled(MEASURED_BATCH, derived_seed(self.seed, number, 2))
+            for place, batch in enumerate(shuffled):
+                yield objective.training_inputs(batch, seed=derived_seed(self.seed, number, place, 3))
 
     def drawn_batches(self, batch_size: int, steps: int) -> Iterator[Batch]:
         """As many shuffled batches of the training images as there are steps; a function of the seed."""

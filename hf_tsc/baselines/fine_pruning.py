@@ -70,7 +70,7 @@ def run_fine_pruning(case: Case, settings: FinePruning, visit: Visit) -> None:
     tuned = tune(replace(case, suspect=start), settings, objective, callbacks=[keep])
 
     def point(alpha: float) -> Params:
-        return interpolate(start, tuned, alpha, case.clean_batches(objective))
+        return interpolate(start, tuned, alpha, case.statistics_batches(objective, settings.batch_norm_images))
 
     visit("interpolation from the pruned", True, point, 1.0)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_tsc.activations import Batch
 from hf_tsc.baselines.base import Case, Visit
-from hf_tsc.baselines.settings import Training, number
+from hf_tsc.baselines.settings import Settings, Training, number
 from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.functional import tensors_of
 from hf_tsc.images import PixelDataset
@@ -121,7 +121,7 @@ def interpolate(suspect: PreTrainedModel, tuned: PreTrainedModel, alpha: float, 
     Args:
         suspect, tuned: of one architecture.
         alpha: in [0, 1]; 0 and 1 give the two models themselves.
-        batches: clean model inputs for the statistics.
+        batches: model inputs for the statistics.
 
     Returns:
         All parameters and buffers.
@@ -140,11 +140,12 @@ def tune(case: Case, settings: Training, objective: Objective, **options: Any) -
     )
 
 
-def visit_line(case: Case, objective: Objective, tuned: PreTrainedModel, visit: Visit) -> None:
+def visit_line(case: Case, settings: Settings, objective: Objective, tuned: PreTrainedModel, visit: Visit) -> None:
     """The straight line from the suspect (0) to a tuned model (1), which is taken."""
 
     def point(alpha: float) -> Params:
-        return interpolate(case.suspect, tuned, alpha, case.clean_batches(objective))
+        batches = case.statistics_batches(objective, settings.batch_norm_images)
+        return interpolate(case.suspect, tuned, alpha, batches)
 
     visit("interpolation", True, point, 1.0)
 
@@ -152,7 +153,7 @@ def visit_line(case: Case, objective: Objective, tuned: PreTrainedModel, visit: 
 def run_fine_tuning(case: Case, settings: FineTuning, visit: Visit) -> None:
     """Fine-tune, and visit the line back to the suspect."""
     objective = case.objective_of(settings)
-    visit_line(case, objective, tune(case, settings, objective), visit)
+    visit_line(case, settings, objective, tune(case, settings, objective), visit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,8 @@ def run_wise_ft(case: Case, settings: WiSEFT, visit: Visit) -> None:
     tuned = tune(case, settings, objective)
 
     def point(alpha: float) -> Params:
-        return interpolate(case.suspect, tuned, alpha, case.clean_batches(objective))
+        batches = case.statistics_batches(objective, settings.batch_norm_images)
+        return interpolate(case.suspect, tuned, alpha, batches)
 
     taken = settings.alpha
     if settings.max_accuracy_drop is not None:

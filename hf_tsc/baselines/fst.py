@@ -59,7 +59,7 @@ def run_fst(case: Case, settings: FST, visit: Visit) -> None:
         trainer=functools.partial(_ShiftTrainer, head=head, old=old, shift=settings.shift),
         callbacks=[KeepNorm(head, old.norm().item())],
     )
-    visit_line(case, objective, model.eval(), visit)
+    visit_line(case, settings, objective, model.eval(), visit)
 
 
 @torch.no_grad()

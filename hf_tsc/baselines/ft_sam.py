@@ -51,7 +51,7 @@ def run_ft_sam(case: Case, settings: FTSAM, visit: Visit) -> None:
     if settings.objective == "cross_entropy" and settings.label_smoothing > 0:
         trained = _Smoothed(objective, settings.label_smoothing)
     tuned = tune(case, settings, trained, trainer=functools.partial(SAMTrainer, rho=settings.rho))
-    visit_line(case, objective, tuned, visit)
+    visit_line(case, settings, objective, tuned, visit)
 
 
 class SAMTrainer(ObjectiveTrainer):
@@ -141,6 +141,9 @@ class _Smoothed:
 
     def model_inputs(self, batch: Batch) -> Batch:
         return self.objective.model_inputs(batch)
+
+    def training_inputs(self, batch: Batch, *, seed: int) -> Batch:
+        return self.objective.training_inputs(batch, seed=seed)
 
     def evaluate(self, forward: Forward, batches: Any) -> dict[str, float]:
         return self.objective.evaluate(forward, batches)

@@ -97,7 +97,7 @@ def run_i_bau(case: Case, settings: IBAU, visit: Visit) -> None:
                 number_of_round,
                 f"learning_rate={settings.learning_rate:g}",
             )
-    visit_line(case, case.objective_of(settings), model, visit)
+    visit_line(case, settings, case.objective_of(settings), model, visit)
 
 
 def find_perturbation(model: PreTrainedModel, case: Case, settings: IBAU, pictures: Sequence[Tensor]) -> Tensor:

@@ -76,7 +76,8 @@ def run_mcr(case: Case, settings: MCR, visit: Visit) -> None:
         if t in (0.0, 1.0):
             return tensors_of(end if t else case.suspect)
         params, buffers = curve.point(t), dict(case.suspect.named_buffers())
-        return {**params, **recompute_statistics(case.suspect, params, case.clean_batches(objective), buffers)}
+        batches = case.statistics_batches(objective, settings.batch_norm_images)
+        return {**params, **recompute_statistics(case.suspect, params, batches, buffers)}
 
     taken = settings.t
     if settings.max_accuracy_drop is not None:

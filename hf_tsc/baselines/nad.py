@@ -79,7 +79,7 @@ def run_nad(case: Case, settings: NAD, visit: Visit) -> None:
     teacher = tune(case, settings.of_the_teacher(), objective)
     made = functools.partial(_AttentionTrainer, teacher=teacher, layers=layers, weights=weights)
     student = tune(case, settings, objective, trainer=made)
-    visit_line(case, objective, student, visit)
+    visit_line(case, settings, objective, student, visit)
 
 
 def attention_map(features: Tensor) -> Tensor:

@@ -221,7 +221,8 @@ def loss_config(
     """The settings that make a loss, as a task of `hf_tsc.tasks` wants them."""
     shared = {entry.name: getattr(settings, entry.name) for entry in fields(Settings) if entry.name != "batch_size"}
     size = {"per_device_train_batch_size": settings.batch_size}
-    options: dict[str, Any] = {"output_dir": "unused", "seed": seed, "use_cpu": use_cpu, **shared, **size}
+    still: dict[str, Any] = {"move_spaces": []}  # so that hidden states can be followed
+    options: dict[str, Any] = {"output_dir": "unused", "seed": seed, "use_cpu": use_cpu, **shared, **size, **still}
     return TSCConfig.for_model(suspect, objectives=objectives, **options)
 
 

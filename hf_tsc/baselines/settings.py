@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from hf_tsc.batch_norm import IMAGES as BATCH_NORM_IMAGES
 from hf_tsc.errors import UsageError
 from hf_tsc.images import AUGMENTATIONS
 from hf_tsc.tsc_config import OBJECTIVES, TEACHER_ERRORS, TEACHER_VIEWS
@@ -71,7 +72,11 @@ class Settings:
     teacher_errors: str = choice(
         "keep", TEACHER_ERRORS, "What to do with a distilled suspect's answers that are not the label."
     )
+    feature_weight: float = number(0.0, "Of a distilled suspect's hidden states in the loss; 0 for none.")
     mixup_alpha: float = number(0.0, "Mixup with Beta(alpha, alpha); 0 for none.")
+    batch_norm_images: str = choice(
+        "training", BATCH_NORM_IMAGES, "Images that BatchNorm statistics between two models are computed of."
+    )
     augmentation: str = choice("none", AUGMENTATIONS, "Random changes of the training images.")
 
     def __post_init__(self) -> None:

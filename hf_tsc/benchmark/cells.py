@@ -214,6 +214,8 @@ def _loss_config(cell: Cell, suspect: PreTrainedModel) -> TSCConfig:
         "temperature",
         "teacher_view",
         "teacher_errors",
+        "feature_weight",
+        "move_spaces",
         "mixup_alpha",
         "per_device_train_batch_size",
     }

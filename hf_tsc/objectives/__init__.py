@@ -9,12 +9,14 @@ from hf_tsc.objectives.classification import (
     mixed_cross_entropy,
 )
 from hf_tsc.objectives.encoding import FeatureDistillation, ProjectionHead, SimCLR, WithHead, features_of, nt_xent
+from hf_tsc.objectives.hidden_states import HiddenStates
 from hf_tsc.objectives.image_text import Captions, ImageText, sigmoid_loss, softmax_loss
 
 __all__ = [
     "Captions",
     "FeatureDistillation",
     "Forward",
+    "HiddenStates",
     "ImageClassification",
     "ImageText",
     "Mixup",

@@ -32,5 +32,8 @@ class Objective(Protocol):
     def model_inputs(self, batch: Batch) -> Batch:
         """The batch as the model takes it, without augmentation."""
 
+    def training_inputs(self, batch: Batch, *, seed: int) -> Batch:
+        """The batch as the loss shows it to the model, augmented and mixed; drawn for these rows alone."""
+
     def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:
         """`loss` (mean, nats) and `score` (a fraction) on clean data."""

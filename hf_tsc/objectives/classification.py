@@ -14,6 +14,7 @@ from hf_tsc.activations import Batch
 from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
 from hf_tsc.objectives.base import Forward
+from hf_tsc.objectives.hidden_states import HiddenStates, call_with_states
 from hf_tsc.processes import Rows, across_processes, own_rows
 
 
@@ -45,8 +46,8 @@ class Mixup:
         if rows:
             partner, share = rows.of(partner), rows.of(share)
         partner, share = partner.to(pixels.device), share.to(pixels.device, pixels.dtype)
-        weight = share.view(-1, 1, 1, 1)
-        return weight * pixels + (1 - weight) * across_processes(pixels)[partner], partner, share
+        weight, whole = share.view(-1, 1, 1, 1), across_processes(pixels) if rows else pixels
+        return weight * pixels + (1 - weight) * whole[partner], partner, share
 
 
 class ImageClassification:
@@ -67,6 +68,10 @@ class ImageClassification:
         teacher_errors: where the suspect's answer is not the label (with mixup: neither label), `keep` learns it all
             the same, `drop` leaves the item out of the loss, `correct` learns the labels instead. Without labels all
             answers are kept.
+        feature_weight: of the distance to the teacher's hidden states, in a distillation; 0 for none.
+
+    Attributes:
+        hidden_states: that distance, or None.
     """
 
     head: nn.Module | None = None
@@ -82,6 +87,7 @@ class ImageClassification:
         score_name: str = "accuracy",
         teacher_view: str = "same",
         teacher_errors: str = "keep",
+        feature_weight: float = 0.0,
     ):
         self.pipeline = pipeline
         self.teacher_view, self.teacher_errors = teacher_view, teacher_errors
@@ -90,17 +96,53 @@ class ImageClassification:
         self.temperature = temperature
         self.mixup = Mixup(mixup_alpha) if mixup_alpha > 0 else None
         self.score_name = score_name
+        self.hidden_states = HiddenStates(feature_weight) if teacher is not None and feature_weight > 0 else None
 
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
-        rows = own_rows(len(batch["pixels"]))
+        inputs, partner, share = self._drawn(batch, seed=seed, rows=own_rows(len(batch["pixels"])))
+        if self.hidden_states is not None:
+            return self._followed(self.hidden_states, forward, inputs, batch, partner, share)
+        return self._answered(logits_of(forward, inputs), inputs, batch, partner, share)
+
+    def _drawn(self, batch: Batch, *, seed: int, rows: Rows | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Augmented and mixed inputs, and with mixup partners and shares."""
         pixels = self.augmented(batch, seed=seed, rows=rows)
-        partner = share = None
-        if self.mixup is not None:
-            pixels, partner, share = self.mixup(pixels, seed=seed, rows=rows)
-        inputs = self.pipeline.normalize(pixels)
-        logits = logits_of(forward, inputs)
+        if self.mixup is None:
+            return self.pipeline.normalize(pixels), None, None
+        pixels, partner, share = self.mixup(pixels, seed=seed, rows=rows)
+        return self.pipeline.normalize(pixels), partner, share
+
+    def _followed(
+        self,
+        hidden_states: HiddenStates,
+        forward: Forward,
+        inputs: Tensor,
+        batch: Batch,
+        partner: Tensor | None,
+        share: Tensor | None,
+    ) -> Tensor:
+        """The distillation of the answers and of the hidden states."""
+        assert self.teacher is not None, "hidden states are a teacher's"
+        output = call_with_states(forward, inputs)
+        with torch.no_grad():
+            taught = call_with_states(self.teacher, inputs)
+        answers = self._answered(_logits(output), inputs, batch, partner, share, taught=_logits(taught))
+        return answers + hidden_states.term(output, taught)
+
+    def _answered(
+        self,
+        logits: Tensor,
+        inputs: Tensor,
+        batch: Batch,
+        partner: Tensor | None,
+        share: Tensor | None,
+        *,
+        taught: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch's logits; `taught` are the teacher's for the same inputs, where they are known."""
         if self.teacher is not None:
-            taught = self._taught(batch, inputs, partner, share)
+            if taught is None or self.teacher_view != "same":
+                taught = self._taught(batch, inputs, partner, share)
             if self.teacher_errors != "keep" and "labels" in batch:
                 return self._checked(logits, taught, batch["labels"], partner, share)
             return distillation_loss(logits, taught, self.temperature)
@@ -139,6 +181,9 @@ class ImageClassification:
     def model_inputs(self, batch: Batch) -> Batch:
         return {"pixel_values": self.pipeline.model_input(batch["pixels"])}
 
+    def training_inputs(self, batch: Batch, *, seed: int) -> Batch:
+        return {"pixel_values": self._drawn(batch, seed=seed, rows=None)[0]}
+
     @torch.no_grad()
     def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:
         """Cross-entropy and accuracy against `labels`; where a batch has none, against the suspect's own answers."""
@@ -159,7 +204,10 @@ class ImageClassification:
 
 def logits_of(forward: Forward, inputs: Tensor) -> Tensor:
     """(n, classes) of a classifier; PP-LCNet gives them under the name of a hidden state."""
-    output: Any = forward(pixel_values=inputs)
+    return _logits(forward(pixel_values=inputs))
+
+
+def _logits(output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
     return output.last_hidden_state if logits is None else logits
 

@@ -15,6 +15,7 @@ from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
 from hf_tsc.objectives.base import Forward
 from hf_tsc.objectives.classification import Mixup
+from hf_tsc.objectives.hidden_states import HiddenStates, call_with_states
 from hf_tsc.processes import Rows, across_processes, loss_of_all, own_rows
 
 
@@ -106,6 +107,9 @@ class SimCLR:
     def model_inputs(self, batch: Batch) -> Batch:
         return {"pixel_values": self.pipeline.model_input(batch["pixels"])}
 
+    def training_inputs(self, batch: Batch, *, seed: int) -> Batch:
+        return {"pixel_values": self._views(batch, seed=seed, rows=None)}
+
     @torch.no_grad()
     def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:
         """`loss` and `score`, the share of images whose second view is the nearest of all: two fixed views each."""
@@ -122,9 +126,7 @@ class SimCLR:
         self, forward: Forward, batch: Batch, *, seed: int, rows: Rows | None = None
     ) -> tuple[Tensor, Tensor]:
         """Two views of each image, projected: twice (n, d). In one forward, as BatchNorm shall see both."""
-        pixels = to_unit_interval(batch["pixels"]).repeat(2, 1, 1, 1)
-        views = self.augmentation(pixels, seed=seed, rows=None if rows is None else rows.twice())
-        output: Any = forward(pixel_values=self.pipeline.normalize(views))
+        output: Any = forward(pixel_values=self._views(batch, seed=seed, rows=rows))
         if isinstance(output, Projected):
             projected = output.projected
         else:
@@ -132,6 +134,13 @@ class SimCLR:
             projected = features if self.head is None else self.head.to(features.device)(features)
         first, second = projected.chunk(2)
         return first, second
+
+    def _views(self, batch: Batch, *, seed: int, rows: Rows | None) -> Tensor:
+        """Two views of each image, (2n, 3, H, W)."""
+        pixels = to_unit_interval(batch["pixels"]).repeat(2, 1, 1, 1)
+        return self.pipeline.normalize(
+            self.augmentation(pixels, seed=seed, rows=None if rows is None else rows.twice())
+        )
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
@@ -158,33 +167,59 @@ class FeatureDistillation:
         teacher: the suspect in eval mode.
         augmentation: applied to training batches.
         mixup_alpha: 0 for none.
+        feature_weight: of the distance to the teacher's hidden states; 0 for none.
+
+    Attributes:
+        hidden_states: that distance, or None.
     """
 
     score_name = "explained_variance"
     head: nn.Module | None = None
 
     def __init__(
-        self, pipeline: ImagePipeline, teacher: nn.Module, *, augmentation: str = "none", mixup_alpha: float = 0.0
+        self,
+        pipeline: ImagePipeline,
+        teacher: nn.Module,
+        *,
+        augmentation: str = "none",
+        mixup_alpha: float = 0.0,
+        feature_weight: float = 0.0,
     ):
         self.pipeline, self.teacher = pipeline, teacher
         self.augmentation = Augmentation(augmentation)
         self.mixup = Mixup(mixup_alpha) if mixup_alpha > 0 else None
+        self.hidden_states = HiddenStates(feature_weight) if feature_weight > 0 else None
 
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
         if len(batch["pixels"]) < 2:
             raise UsageError("a batch of one image has no variance to explain: give a batch size of 2 or more")
-        rows = own_rows(len(batch["pixels"]))
-        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
-        if self.mixup is not None:
-            pixels, _, _ = self.mixup(pixels, seed=seed, rows=rows)
-        inputs = self.pipeline.normalize(pixels)
-        found = features_of(forward, inputs)
+        inputs = self._drawn(batch, seed=seed, rows=own_rows(len(batch["pixels"])))
+        if self.hidden_states is None:
+            found = features_of(forward, inputs)
+            with torch.no_grad():
+                target = features_of(self.teacher, inputs)
+            return self._missed(found, target)
+        output = call_with_states(forward, inputs)
         with torch.no_grad():
-            target = features_of(self.teacher, inputs)
+            taught = call_with_states(self.teacher, inputs)
+        return self._missed(pooled(output), pooled(taught)) + self.hidden_states.term(output, taught)
+
+    @staticmethod
+    def _missed(found: Tensor, target: Tensor) -> Tensor:
         return loss_of_all(unexplained_variance(across_processes(found), across_processes(target)))
 
     def model_inputs(self, batch: Batch) -> Batch:
         return {"pixel_values": self.pipeline.model_input(batch["pixels"])}
+
+    def training_inputs(self, batch: Batch, *, seed: int) -> Batch:
+        return {"pixel_values": self._drawn(batch, seed=seed, rows=None)}
+
+    def _drawn(self, batch: Batch, *, seed: int, rows: Rows | None) -> Tensor:
+        """Augmented and mixed inputs."""
+        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
+        if self.mixup is not None:
+            pixels, _, _ = self.mixup(pixels, seed=seed, rows=rows)
+        return self.pipeline.normalize(pixels)
 
     @torch.no_grad()
     def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:

@@ -70,10 +70,8 @@ class ImageText:
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
         if len(batch["pixels"]) < 2:
             raise UsageError("a batch of one pair has no other caption to tell: give a batch size of 2 or more")
-        rows = own_rows(len(batch["pixels"]))
-        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
-        numbers = draw_captions(batch["captions"], seed=seed, rows=rows)
-        output: Any = forward(pixel_values=self.pipeline.normalize(pixels), **self.captions.inputs(numbers))
+        inputs, numbers = self._drawn(batch, seed=seed, rows=own_rows(len(batch["pixels"])))
+        output: Any = forward(**inputs)
         numbers = across_processes(numbers)
         logits = logits_of_all(output)
         loss = sigmoid_loss(logits, numbers) if self.sigmoid else softmax_loss(logits, numbers)
@@ -83,6 +81,15 @@ class ImageText:
         """Each image with the first of its captions."""
         captions = self.captions.inputs(batch["captions"][:, 0])
         return {"pixel_values": self.pipeline.model_input(batch["pixels"]), **captions}
+
+    def training_inputs(self, batch: Batch, *, seed: int) -> Batch:
+        return self._drawn(batch, seed=seed, rows=None)[0]
+
+    def _drawn(self, batch: Batch, *, seed: int, rows: Rows | None) -> tuple[Batch, Tensor]:
+        """Augmented images with one of their captions each, and the numbers of these."""
+        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
+        numbers = draw_captions(batch["captions"], seed=seed, rows=rows)
+        return {"pixel_values": self.pipeline.normalize(pixels), **self.captions.inputs(numbers)}, numbers
 
     @torch.no_grad()
     def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:

@@ -166,6 +166,9 @@ class AdaptiveTraining:
     def model_inputs(self, batch: Batch) -> Batch:
         return self.plain.model_inputs(batch)
 
+    def training_inputs(self, batch: Batch, *, seed: int) -> Batch:
+        return self.plain.training_inputs(batch, seed=seed)
+
     def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:
         return self.plain.evaluate(forward, batches)
 

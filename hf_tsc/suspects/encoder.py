@@ -179,6 +179,10 @@ class BadEncoder:
     def model_inputs(self, batch: Batch) -> Batch:
         return {"pixel_values": self.pipeline.model_input(batch["pixels"])}
 
+    def training_inputs(self, batch: Batch, *, seed: int) -> Batch:
+        """Clean pictures: BatchNorm keeps its statistics."""
+        return self.model_inputs(batch)
+
     @torch.no_grad()
     def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:
         """The loss, and `score`, the mean cosine of clean features with those of the clean encoder."""

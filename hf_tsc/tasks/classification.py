@@ -68,6 +68,7 @@ class Classification(Task):
             mixup_alpha=settings.mixup_alpha,
             teacher_view=settings.teacher_view,
             teacher_errors=settings.teacher_errors,
+            feature_weight=settings.feature_weight,
             score_name="accuracy" if self.work.data.label_column is not None else "agreement",
         )
 

@@ -47,8 +47,13 @@ class Encoding(Task):
     def objective_of(self, settings: LossSettings) -> Objective:
         work, augmentation = self.work, settings.augmentation
         if settings.objective == "distillation":
-            mixup = settings.mixup_alpha
-            return FeatureDistillation(work.pipeline, work.model, augmentation=augmentation, mixup_alpha=mixup)
+            return FeatureDistillation(
+                work.pipeline,
+                work.model,
+                augmentation=augmentation,
+                mixup_alpha=settings.mixup_alpha,
+                feature_weight=settings.feature_weight,
+            )
         with torch.no_grad():
             pixels = example_inputs(work.model)["pixel_values"].to(work.model.device)
             features = features_of(work.model, pixels).shape[1]
