@@ -32,7 +32,8 @@ SETTINGS = (
     "rounds", "stages", "objective", "temperature", "teacher_view", "teacher_errors", "feature_weight", "mixup_alpha",
     "augmentation", "batch_norm_images", "matching", "move_spaces", "move_towers", "train_towers", "curve1_window",
     "curve1_t", "curve2_window", "curve2_t", "curve_epochs", "curve_steps", "optim", "learning_rate",
-    "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "gradient_accumulation_steps", "max_accuracy_drop", "seed",
+    "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_accuracy_drop", "seed",
 )  # fmt: skip
 COMMAND_WIDTH = 100
 FLAG = object()  # the value of an option that takes none

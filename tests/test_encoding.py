@@ -142,6 +142,19 @@ class TestProjectionHead:
         assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        SimCLR(PIPELINE, augmentation="crop_flip"),
+        FeatureDistillation(PIPELINE, Linear(2), augmentation="crop_flip", mixup_alpha=1.0),
+    ],
+)
+def test_training_inputs_are_what_the_model_is_shown(objective):
+    model = Linear(1)
+    objective.loss(model, batch(), seed=5)
+    assert torch.equal(objective.training_inputs(batch(), seed=5)["pixel_values"], model.seen[0])
+
+
 class TestFeatureDistillation:
     def test_unexplained_variance(self):
         target = torch.tensor([[0.0, 0.0], [2.0, 4.0]], dtype=torch.float64)

@@ -10,6 +10,7 @@ from suspects_and_digits import classifier, same
 from tiny import digits, model, random_model, randomise, tensors
 from torch import nn
 
+from hf_tsc.baselines.base import Case
 from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune, interpolate
 from hf_tsc.errors import PurificationError
 from hf_tsc.functional import call_at
@@ -239,6 +240,19 @@ class TestInterpolate:
             var = sum(len(x) * flat.var(1) for x, flat in zip(inputs, by_channel, strict=True)) / IMAGES
             assert torch.allclose(found[f"{name}.running_mean"], mean, rtol=1e-9, atol=1e-12), name
             assert torch.allclose(found[f"{name}.running_var"], var, rtol=1e-9, atol=1e-12), name
+
+    def test_images_of_the_statistics_between_two_models(self):
+        """Those that the training shows, by default, drawn twice; or the clean ones, once."""
+        case = Case(model("resnet"), None, DATA, None, 3)
+        objective = case.objective_of(FineTuning(augmentation="crop", mixup_alpha=1.0))
+        training, again, clean = (
+            [batch["pixel_values"] for batch in case.statistics_batches(objective, images)]
+            for images in ("training", "training", "clean")
+        )
+        assert len(training) == 2 * len(clean)
+        assert all(torch.equal(one, other) for one, other in zip(training, again, strict=True))
+        assert not torch.equal(training[0], training[len(clean)])
+        assert torch.equal(clean[0], next(iter(case.clean_batches(objective)))["pixel_values"])
 
     def test_can_be_called(self):
         suspect, tuned, batches = halves("vit")

@@ -114,6 +114,15 @@ class TestImageText:
         first = ImageText(PIPELINE, CAPTIONS).loss(model, batch([[0], [1], [2]]), seed=0)
         assert first.item() == pytest.approx(own.item(), rel=1e-5)  # CLIP's own loss, where captions differ
 
+    def test_training_inputs_are_what_the_model_is_shown(self):
+        seen, data = [], batch([[0, 1], [1, 2], [2, 0]])
+        objective = ImageText(PIPELINE, CAPTIONS, augmentation="crop_flip")
+        model = tiny.model("clip")
+        objective.loss(lambda **inputs: seen.append(inputs) or model(**inputs), data, seed=5)
+        found = objective.training_inputs(data, seed=5)
+        assert found.keys() == seen[0].keys()
+        assert all(torch.equal(found[name], seen[0][name]) for name in found)
+
     def test_gradients_reach_both_towers(self):
         model = tiny.model("clip")
         ImageText(PIPELINE, CAPTIONS).loss(model, batch([[0], [1], [2]]), seed=0).backward()

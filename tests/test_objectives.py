@@ -183,6 +183,15 @@ class TestImageClassification:
         with pytest.raises(UsageError, match="needs labels and the data set has none; use distillation"):
             ImageClassification(PIPELINE).loss(Linear(1), batch(labelled=False), seed=0)
 
+    @pytest.mark.parametrize("mixup_alpha", [0.0, 1.0])
+    def test_training_inputs_are_what_the_model_is_shown(self, mixup_alpha):
+        model, objective = Linear(1), ImageClassification(PIPELINE, augmentation="crop_flip", mixup_alpha=mixup_alpha)
+        objective.loss(model, batch(), seed=5)
+        found = objective.training_inputs(batch(), seed=5)
+        assert found.keys() == {"pixel_values"}
+        assert torch.equal(found["pixel_values"], model.seen[0])
+        assert not torch.equal(found["pixel_values"], objective.model_inputs(batch())["pixel_values"])
+
     def test_model_inputs_are_not_augmented(self):
         data = batch()
         found = ImageClassification(PIPELINE, augmentation="crop_flip", mixup_alpha=1.0).model_inputs(data)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessorPil
 
+from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
 from hf_tsc.errors import AccuracyBudgetError, CheckpointError, PurificationError, UsageError
 from hf_tsc.folders import last_whole_checkpoint
@@ -458,6 +459,36 @@ class TestRefusals:
         hidden = {name for name in tiny.spec("vit").axes if ".mlp." in name and not name.endswith("fc2.bias")}
         assert moved <= hidden
         assert len(moved) > 2
+
+
+class TestStatistics:
+    def statistics(self, folder, **changes):
+        point = trainer(folder, "resnet", **changes).point(0.3)
+        return {name: tensor for name, tensor in point.items() if name.endswith(("running_mean", "running_var"))}
+
+    def test_training_images_without_changes_are_the_clean_ones(self, tmp_path):
+        clean, training = (
+            self.statistics(tmp_path, augmentation="none", batch_norm_images=images)
+            for images in ("clean", "training")
+        )
+        for name, tensor in clean.items():  # in one batch of all images, whatever their order
+            assert torch.allclose(training[name], tensor, rtol=1e-5, atol=1e-6), name
+
+    def test_two_passes_over_images_as_training_shows_them(self, tmp_path):
+        made = trainer(tmp_path, "resnet", augmentation="crop", mixup_alpha=1.0, statistics_batch_size=12)
+        shown, draw = [], made.objective.training_inputs
+        made.objective.training_inputs = lambda batch, *, seed: shown.append((batch, seed)) or draw(batch, seed=seed)
+        found = made.point(0.3)
+        assert [len(batch["pixels"]) for batch, _ in shown] == [12, 4, 12, 4]
+        assert len({seed for _, seed in shown}) == 4
+        first, second = (torch.cat([shown[i][0]["pixels"], shown[i + 1][0]["pixels"]]) for i in (0, 2))
+        assert not torch.equal(first, second)
+        assert sorted(map(bytes, first.flatten(1).numpy())) == sorted(map(bytes, second.flatten(1).numpy()))
+        inputs = [draw(batch, seed=seed) for batch, seed in shown]
+        params = {name: found[name] for name, _ in made.suspect.named_parameters()}
+        expected = recompute_statistics(made.suspect, params, inputs, dict(made.suspect.named_buffers()))
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert same(found, made.point(0.3))
 
 
 @pytest.mark.parametrize("stages", [1, 2])
