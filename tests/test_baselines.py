@@ -120,6 +120,8 @@ class TestSettings:
             ("anp", {"thresholds": [0.1, 2]}, r"thresholds=\[0\.1, 2\]: expected a number from 0 to 1"),
             ("nad", {"objective": "magic"}, r"objective='magic': expected one of cross_entropy, distillation"),
             ("i_bau", {"augmentation": "blur"}, r"augmentation='blur': expected one of none, crop"),
+            ("i_bau", {"mixup_alpha": 1.0}, r"mixup_alpha=1, feature_weight=0: expected 0, as i_bau mixes no images"),
+            ("i_bau", {"feature_weight": 2.0}, r"mixup_alpha=0, feature_weight=2: expected 0"),
             ("fine_pruning", {"rho": 1}, r"fine_pruning has no setting\(s\) rho: it knows batch_size, .*ratio"),
         ],
     )
@@ -172,6 +174,13 @@ class TestAll:
         unlabelled = {"train": digits(0, IMAGES, labelled=False), "held_out": digits(16, 28, labelled=False)}
         found = result(name, case("vit", **unlabelled), objective="distillation")
         assert all(torch.isfinite(tensor).all() for tensor in found.values() if tensor.is_floating_point())
+
+    @pytest.mark.parametrize("name", [name for name in BASELINES if name not in ("ridge", "i_bau")])
+    def test_hidden_states_of_the_suspect(self, name):
+        options = {"objective": "distillation", "augmentation": "crop", "temperature": 3.0}
+        answers, states = (result(name, case("resnet"), feature_weight=weight, **options) for weight in (0.0, 2.0))
+        assert all(torch.isfinite(tensor).all() for tensor in states.values())
+        assert not same(answers, states)
 
     @pytest.mark.parametrize("name", [name for name, baseline in BASELINES.items() if not baseline.any_objective])
     def test_classifiers_alone(self, name):

@@ -28,6 +28,7 @@ from hf_tsc.activations import Batch
 from hf_tsc.baselines.base import Case, Visit, check_finite
 from hf_tsc.baselines.fine_tuning import visit_line
 from hf_tsc.baselines.settings import Settings, number
+from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, to_unit_interval
 from hf_tsc.objectives import logits_of
 from hf_tsc.seeds import derived_seed
@@ -38,7 +39,7 @@ class IBAU(Settings):
     """Published settings; an inner step is one gradient evaluation, an outer one K + 3.
 
     `objective` says what images are labelled with: `cross_entropy` takes the labels, `distillation` the suspect's own
-    answers. There is no mixup.
+    answers. There is no mixup, and hidden states are not followed.
 
     Attributes:
         rounds: of an inner and an outer pass over the training images each; published: 3 to 5.
@@ -58,6 +59,14 @@ class IBAU(Settings):
     fixed_point_rate: float = number(0.1, "Rate in the fixed-point equation.")
     perturbed_share: float = number(0.01, "Share of a batch that is perturbed in the outer loss.", high=1)
     batch_size: int = number(100, "Images a gradient evaluation.", low=1, whole=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mixup_alpha or self.feature_weight:
+            raise UsageError(
+                f"mixup_alpha={self.mixup_alpha:g}, feature_weight={self.feature_weight:g}: expected 0, as "
+                "i_bau mixes no images and follows no hidden states"
+            )
 
     def gradient_evaluations(self, images: int) -> int:
         return self.rounds * math.ceil(images / self.batch_size) * (1 + self.fixed_point_steps + 3)
