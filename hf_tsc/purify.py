@@ -45,6 +45,7 @@ from hf_tsc.tsc_config import NOT_REPORTED, WITHOUT_EFFECT, TSCConfig, reported_
 from hf_tsc.tsc_trainer import TSCTrainer
 
 REQUEST_FILE = "request.json"
+LARGE_LOSS = 0.1  # of a score on the held-out images, a fraction: beyond it a report says so
 
 
 def purify(
@@ -173,6 +174,7 @@ def _write_result(
         saved = resolve_model(str(folder), local=True)
         purified, _ = load_model(saved, auto_class=kind.auto_class)
         after = measures(own, _to(purified, own.device))
+        facts["notes"] = [*facts["notes"], *notes_on_loss(facts["before"], after, own.name)]
         cost = {"seconds": round(time.monotonic() - started, 1)}
         if evidence is not None:
             progress = not job.work.config.disable_tqdm
@@ -188,6 +190,17 @@ def _write_result(
         )
         report.write(folder, trainer.curves)
     return report
+
+
+def notes_on_loss(before: Mapping[str, Any], after: Mapping[str, Any], score: str) -> list[str]:
+    """A note where a model has lost much of its score on the held-out images."""
+    old, new = (measures["held_out"][score] for measures in (before, after))
+    if old - new <= LARGE_LOSS:
+        return []
+    return [
+        f"The {score.replace('_', ' ')} on the held-out images fell from {100 * old:.1f} % to {100 * new:.1f} %: "
+        "these settings take too much of this model. A lower --learning_rate, more clean images or --max_accuracy_drop help."
+    ]
 
 
 def config_for(

@@ -411,3 +411,19 @@ def test_distilled_transformers_come_with_a_word_of_warning(suspects, tmp_path, 
     report = run(suspects[family], tmp_path / "out", config=config)
     assert (UNCORRECTED_TRANSFORMER in report.notes) == warned
     assert (UNCORRECTED_TRANSFORMER[:40] in str(report.card())) == warned
+
+
+class TestLoss:
+    @pytest.mark.parametrize(("before", "after", "noted"), [(0.98, 0.1, True), (0.9, 0.8, False), (0.5, 0.9, False)])
+    def test_a_large_one_is_noted(self, before, after, noted):
+        measures = [{"held_out": {"n": 30, "view_retrieval": value}} for value in (before, after)]
+        notes = import_module("hf_tsc.purify").notes_on_loss(*measures, "view_retrieval")
+        assert bool(notes) == noted
+        if noted:
+            assert "The view retrieval on the held-out images fell from 98.0 % to 10.0 %" in notes[0]
+
+    def test_in_the_report(self, suspects, tmp_path, monkeypatch):
+        monkeypatch.setattr(import_module("hf_tsc.purify"), "LARGE_LOSS", -1.0)
+        report = run(suspects["resnet"], tmp_path / "out")
+        assert "The accuracy on the held-out images fell from" in report.notes[-1]
+        assert report.notes[-1] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
