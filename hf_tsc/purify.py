@@ -199,7 +199,8 @@ def notes_on_loss(before: Mapping[str, Any], after: Mapping[str, Any], score: st
         return []
     return [
         f"The {score.replace('_', ' ')} on the held-out images fell from {100 * old:.1f} % to {100 * new:.1f} %: "
-        "these settings take too much of this model. A lower --learning_rate, more clean images or --max_accuracy_drop help."
+        "these settings take too much of this model. A lower --learning_rate, more clean images or "
+        "--max_accuracy_drop help."
     ]
 
 

@@ -16,6 +16,7 @@ from hf_tsc.benchmark.points import last_points, names_of, shown_settings
 LABELS = {"tsc": "TSC over t", "fine_tuning": "interpolated fine-tuning over its share"}
 COLOURS = {"TSC": "tab:blue", "interpolated": "tab:orange", "fine-tuning": "tab:red"}
 SHOWN = 20  # points of accuracy in a picture of frontiers
+PALE = 0.2  # of what is not final
 OTHER_COLOURS = (
     "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray", "black", "gold"
 )  # fmt: skip
@@ -44,10 +45,10 @@ def plot_curves(line: Line) -> Figure:
 def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
     """Where methods stand between accuracy and attack success rate, before and after re-tuning.
 
-    TSC over t (of a first curve both ends are backdoored), interpolated fine-tuning over its share, each along its
-    path, one line a cell; plain fine-tuning over learning rates as dots, as others that end their path. On the
-    images of `report` where all points were measured on these, else on those of `select`. What is more than `SHOWN`
-    points of accuracy below the best is cut off.
+    TSC over t (without the ends: of a first curve both are backdoored), interpolated fine-tuning over its share, each
+    along its path, one line a cell; plain fine-tuning over learning rates as dots, as others that end their path.
+    Where there is a group `final`, other cells are pale. On the images of `report` where all points were measured on
+    these, else on those of `select`. What is more than `SHOWN` points of accuracy below the best is cut off.
     """
     return _plot_frontiers([[line] for line in lines if "error" not in line], title)
 
@@ -69,16 +70,17 @@ def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
     images = "report" if everywhere else "select"
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    chosen = any(_is_final(lines) for lines in paths)
     for axes, place, name in ((left, images, "purified"), (right, "retuned", "after re-tuning with poisoned images")):
-        for lines in paths:
-            _plot_path(axes, lines, place)
+        for lines in sorted(paths, key=_is_final):
+            _plot_path(axes, lines, place, alpha=PALE if chosen and not _is_final(lines) else 1.0)
         axes.set(xlabel="clean accuracy, %", title=name, ylim=(-3, 103))
         axes.grid(alpha=0.3)
     left.set(ylabel="attack success rate, %")
     best = max((x for axes in (left, right) for line in axes.get_lines() for x in line.get_xdata()), default=100)
     left.set(xlim=(best - SHOWN, best + SHOWN / 20))
     handles: dict[str, Any] = {}
-    for axes in (left, right):
+    for axes in (left, right):  # of several with a label the last one counts, which is not pale
         drawn, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, drawn, strict=True))
     if handles:
@@ -87,16 +89,20 @@ def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
     return figure
 
 
-def _plot_path(axes: Any, lines: Sequence[Line], where: str) -> None:
+def _is_final(lines: Sequence[Line]) -> bool:
+    return all(line["group"] == "final" for line in lines)
+
+
+def _plot_path(axes: Any, lines: Sequence[Line], where: str, *, alpha: float) -> None:
     method, taken = lines[0]["method"], {line["paths"][-1]["taken"] for line in lines}
     own, within = names_of(method)
-    points = _mean_points(lines, where)
+    points = [point for point in _mean_points(lines, where) if method != "tsc" or 0 < point[0] < 1]
     xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
     label = LABELS.get(method, f"{own} along its path")
     colour = COLOURS.get(own if method == "tsc" else within) or _other_colour(method)
-    axes.plot(xs, ys, "-o", markersize=3, linewidth=1, color=colour, label=label)
+    axes.plot(xs, ys, "-o", markersize=3, linewidth=1, color=colour, label=label, alpha=alpha)
     if method != "tsc" and points and points[-1][0] == 1 and taken == {1}:
-        axes.plot(xs[-1:], ys[-1:], "o", color=COLOURS.get(own, colour), label=own, zorder=3)
+        axes.plot(xs[-1:], ys[-1:], "o", color=COLOURS.get(own, colour), label=own, zorder=3, alpha=alpha)
 
 
 def _mean_points(lines: Sequence[Line], where: str) -> list[tuple[float, float, float]]:
