@@ -55,6 +55,14 @@ class TestPresets:
         assert made.rounds == 7
         assert all(getattr(made, name) == value for name, value in defaults.items())
 
+    @pytest.mark.parametrize(
+        "changes", [{"objective": "cross_entropy"}, {"move_spaces": ["residual"]}, {"feature_weight": 0.0}]
+    )
+    def test_hidden_states_are_followed_only_where_there_are_some(self, changes, tmp_path):
+        fixed = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+        assert TSCConfig.for_model(tiny.model("resnet"), **fixed).feature_weight > 0
+        assert TSCConfig.for_model(tiny.model("resnet"), **fixed, **changes).feature_weight == 0
+
 
 class TestChecks:
     @pytest.mark.parametrize(
@@ -71,6 +79,14 @@ class TestChecks:
             ({"augmentation": "flip"}, "augmentation='flip': expected one of none, crop, crop_flip"),
             ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type='polynomial': expected one of cosine, linear"),
             ({"move_spaces": ["hidden", "head"]}, "move_spaces names head: expected some of residual, hidden, heads"),
+            ({"feature_weight": -1.0}, r"feature_weight=-1.0: expected 0 \(none\) or a positive number"),
+            ({"feature_weight": float("nan")}, "feature_weight=nan"),
+            ({"feature_weight": 2.0}, "feature_weight=2.0 with objective=cross_entropy, .* in a distillation alone"),
+            (
+                {"feature_weight": 2.0, "objective": "distillation"},
+                "feature_weight=2.0 .* leave residual out of move_spaces",
+            ),
+            ({"batch_norm_images": "dirty"}, "batch_norm_images='dirty': expected one of training, clean"),
             ({"stages": 3}, r"stages=3: expected 1 \(first curve only\) or 2 \(both\)"),
             ({"rounds": 0}, "rounds=0, .*: that makes no optimisation step"),
             ({"curve_epochs": 0.0}, "curve_epochs=0.0, curve_steps=-1: that makes no optimisation step"),
