@@ -11,7 +11,8 @@ So a gradient comes to θ from both ends, directly and through the copy; P and �
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from hf_tsc.functional import call_at, tensors_of
 from hf_tsc.images import PixelDataset, collate
 from hf_tsc.objectives import Forward, logits_of, mixed_cross_entropy
 from hf_tsc.passes import match_networks
-from hf_tsc.permutation import Params, PermutationSpec, apply, identity
+from hf_tsc.permutation import KINDS, Kind, Params, PermutationSpec, apply, identity
+from hf_tsc.tsc_config import family_defaults
 
 WINDOW = (0.1, 0.9)  # of t: beyond it the weights are nearly those of an end
 CHUNK = 128  # images a forward pass for statistics
@@ -49,6 +51,7 @@ class CurveToCopy:
         seed: of all that is drawn.
 
     Attributes:
+        kinds: of the spaces that move, as by the defaults of the model's family.
         permutation: P; at first the identity.
         bend: Δ by the names of parameters; nothing where it is 0.
     """
@@ -69,6 +72,7 @@ class CurveToCopy:
         self.unaligned_only, self.bend_steps, self.batch_size = unaligned_only, bend_steps, batch_size
         self.bend_optimizer = bend_optimizer
         self.pipeline, self.images = images.pipeline, collate([images[k] for k in range(len(images))])
+        self.kinds: Collection[Kind] = family_defaults(model).get("move_spaces", KINDS)
         self.network = copy.deepcopy(model).eval()  # is read at the model's weights
         self.permutation = identity(spec)
         self.bend: Params = {}
@@ -89,7 +93,9 @@ class CurveToCopy:
     def renew(self, count: int) -> None:
         """The copy number `count`, from 0, and its bend."""
         at_random = count % 2 == 1 and not self.unaligned_only
-        self.permutation = random_permutation(self.spec, seed=(self.seed, count)) if at_random else self._unaligned()
+        self.permutation = (
+            random_permutation(self.spec, self.kinds, seed=(self.seed, count)) if at_random else self._unaligned()
+        )
         self.bend = {}
         if self.bend_steps > 0:
             self.bend = self._trained_bend(np.random.default_rng([self.seed, count, 1]))
@@ -102,7 +108,8 @@ class CurveToCopy:
                 yield {"pixel_values": self.pipeline.model_input(pixels.to(self.model.device))}
 
         points = [tensors_of(self.model)]
-        return match_networks(self.network, self.spec, batches, points=points, maximize=False, seed=self.seed)
+        options: dict[str, Any] = {"maximize": False, "kinds": self.kinds, "seed": self.seed}
+        return identity(self.spec) | match_networks(self.network, self.spec, batches, points=points, **options)
 
     def _trained_bend(self, draw: np.random.Generator) -> Params:
         """Δ after some steps on clean images."""
@@ -119,7 +126,10 @@ class CurveToCopy:
         return {name: delta.detach() for name, delta in self.bend.items()}
 
 
-def random_permutation(spec: PermutationSpec, *, seed: tuple[int, ...]) -> dict[str, Tensor]:
-    """A random permutation of every space, another one in each block of a nested space."""
+def random_permutation(
+    spec: PermutationSpec, kinds: Collection[Kind] = KINDS, *, seed: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """A random permutation of every space of some kinds, another one in each block of a nested space."""
     draw = np.random.default_rng(seed)
-    return {name: torch.from_numpy(draw.random(spec.shape(name)).argsort(-1)) for name in spec.spaces}
+    drawn = {name: torch.from_numpy(draw.random(spec.shape(name)).argsort(-1)) for name in spec.spaces}
+    return {name: drawn[name] if spec.spaces[name].kind in kinds else still for name, still in identity(spec).items()}
