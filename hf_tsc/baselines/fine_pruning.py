@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_tsc.baselines.base import Case, Visit
-from hf_tsc.baselines.fine_tuning import interpolate, tune
+from hf_tsc.baselines.fine_tuning import line, tune
 from hf_tsc.baselines.settings import Training, number
 from hf_tsc.baselines.units import Units, batch_norm_units, head_units, hidden_units, mean_activations, prune
 from hf_tsc.errors import UsageError
@@ -65,14 +65,10 @@ def run_fine_pruning(case: Case, settings: FinePruning, visit: Visit) -> None:
         steps = [k / 100 for k in range(100)]
         ratio = case.farthest_within(objective, pruned, steps, settings.max_accuracy_drop, until=True)
     visit("pruning", False, pruned, ratio)
-    start = model_at(case.suspect, pruned(ratio))
+    start = replace(case, suspect=model_at(case.suspect, pruned(ratio)))
     keep = KeepPruned(layers, chosen(order, layers, ratio))
-    tuned = tune(replace(case, suspect=start), settings, objective, callbacks=[keep])
-
-    def point(alpha: float) -> Params:
-        return interpolate(start, tuned, alpha, case.statistics_batches(objective, settings.batch_norm_images))
-
-    visit("interpolation from the pruned", True, point, 1.0)
+    tuned = tune(start, settings, objective, callbacks=[keep])
+    visit("interpolation from the pruned", True, line(start, settings, objective, tuned), 1.0)
 
 
 def prunable(model: PreTrainedModel) -> list[Units]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_tsc.activations import Batch
-from hf_tsc.baselines.base import Case, Visit
+from hf_tsc.baselines.base import Case, Point, Visit
 from hf_tsc.baselines.settings import Settings, Training, number
 from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.functional import tensors_of
@@ -140,14 +140,19 @@ def tune(case: Case, settings: Training, objective: Objective, **options: Any) -
     )
 
 
-def visit_line(case: Case, settings: Settings, objective: Objective, tuned: PreTrainedModel, visit: Visit) -> None:
-    """The straight line from the suspect (0) to a tuned model (1), which is taken."""
+def line(case: Case, settings: Settings, objective: Objective, tuned: PreTrainedModel) -> Point:
+    """The points of the straight line from a case's suspect (0) to a tuned model (1)."""
 
     def point(alpha: float) -> Params:
         batches = case.statistics_batches(objective, settings.batch_norm_images)
         return interpolate(case.suspect, tuned, alpha, batches)
 
-    visit("interpolation", True, point, 1.0)
+    return point
+
+
+def visit_line(case: Case, settings: Settings, objective: Objective, tuned: PreTrainedModel, visit: Visit) -> None:
+    """The straight line from the suspect (0) to a tuned model (1), which is taken."""
+    visit("interpolation", True, line(case, settings, objective, tuned), 1.0)
 
 
 def run_fine_tuning(case: Case, settings: FineTuning, visit: Visit) -> None:
@@ -175,12 +180,7 @@ class WiSEFT(FineTuning):
 def run_wise_ft(case: Case, settings: WiSEFT, visit: Visit) -> None:
     """Fine-tune, and take a point of the line back to the suspect."""
     objective = case.objective_of(settings)
-    tuned = tune(case, settings, objective)
-
-    def point(alpha: float) -> Params:
-        batches = case.statistics_batches(objective, settings.batch_norm_images)
-        return interpolate(case.suspect, tuned, alpha, batches)
-
+    point = line(case, settings, objective, tune(case, settings, objective))
     taken = settings.alpha
     if settings.max_accuracy_drop is not None:
         positions = [k / 20 for k in range(1, 21)]
