@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_tsc.baselines.base import Case, Point
-from hf_tsc.baselines.registry import BASELINES, check_fits, device_of, loss_config, run_baseline, settings_of
+from hf_tsc.baselines.registry import BASELINES, check_fits, loss_config, run_baseline, settings_of
 from hf_tsc.baselines.settings import Settings
 from hf_tsc.curve_result import CurveResult
 from hf_tsc.errors import UsageError
@@ -91,7 +91,7 @@ class BaselineRun:
         objective = task.objective_of(self.settings)
         images = len(self._case.held_out)
         return OwnScore(
-            device_of(self._case), objective.score_name, images, lambda params: self._case.score(objective, params)
+            self._case.device, objective.score_name, images, lambda params: self._case.score(objective, params)
         )
 
     def run(self) -> PreTrainedModel:
@@ -119,7 +119,7 @@ class BaselineRun:
             arguments={**asdict(self.settings), "seed": self.config.seed},
             curves=[],
             score_name=self._case.objective_of(self.settings).score_name,
-            environment=environment(device_of(self._case)),
+            environment=environment(self._case.device),
             cost={"gradient_evaluations": self._outcome.gradient_evaluations, **cost},
             method={"name": self.name, **described, "paths": self._paths},
             **further,

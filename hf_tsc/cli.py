@@ -471,7 +471,7 @@ def benchmark_command(argv: Sequence[str]) -> None:
     if args.dry_run:
         lines = lines_of(images, results)
         cells = cells_to_run(plan, lines, args.only)
-        seconds = estimate_seconds(cells, lines, images, cache)
+        seconds = estimate_seconds(cells, lines, images, cache, use_cpu=args.use_cpu)
         for cell in cells:
             print(cell)
         whole = sum(seconds.values()) / args.processes
@@ -480,7 +480,8 @@ def benchmark_command(argv: Sequence[str]) -> None:
             f"process(es), {seconds['suspects'] / args.processes / 60:.0f} of them for suspects"
         )
         return
-    progress = run_plan(plan, images, results=results, cache=cache, processes=args.processes, only=args.only)
+    how = {"processes": args.processes, "only": args.only, "use_cpu": args.use_cpu}
+    progress = run_plan(plan, images, results=results, cache=cache, **how)
     print(f"{progress.finished} cells finished, in {results}")
     if progress.failed:
         raise PurificationError(f"{len(progress.failed)} cells failed: {', '.join(progress.failed)}; see above")

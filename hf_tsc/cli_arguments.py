@@ -284,10 +284,11 @@ class BenchmarkArguments:
     results: str = field(default="results.jsonl", metadata={"help": "File of results, a JSON line a cell."})
     cache_dir: str = field(default="suspects", metadata={"help": "Folder of trained suspects."})
     test_split: str = field(default="test", metadata={"help": "Split to measure on."})
-    processes: int = field(default=1, metadata={"help": "Cells at once, each on one thread."})
+    processes: int = field(default=1, metadata={"help": "Cells at once: a thread each, or on the same accelerator."})
     only: list[str] = field(
         default_factory=list, metadata={"help": "Only cells whose line in --dry_run contains all of these words."}
     )
+    use_cpu: bool = field(default=False, metadata={"help": "Work on the CPU, whatever there is."})
     dry_run: bool = field(default=False, metadata={"help": "List the cells and estimate their time."})
 
 

@@ -48,6 +48,8 @@ class ObjectiveTrainer(Trainer):
             callbacks=[_StepCounter(self), *(callbacks or [])],
             **kwargs,
         )
+        if self.args.device.type == "cpu":
+            self.args.dataloader_pin_memory = False  # as with use_cpu: there is nothing to pin for, and torch warns
         if self.args.logging_strategy == IntervalStrategy.NO:
             self.remove_callback(PrinterCallback)  # it prints without a progress bar, whatever the strategy
 

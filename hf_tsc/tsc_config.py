@@ -92,7 +92,8 @@ OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 # Arguments of TSCConfig that do not change the result, or that name places on this machine.
 NOT_REPORTED = (
-    "output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token", "resume_from_checkpoint", "max_steps"
+    "output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token", "resume_from_checkpoint", "max_steps",
+    "dataloader_pin_memory",
 )  # fmt: skip
 
 # Beginnings of those that change nothing but what is shown and kept on the way.

@@ -413,14 +413,4 @@ def _classification(args: TSCConfig, processor: Any, suspect: PreTrainedModel, s
             f"{type(suspect).__name__} reads {', '.join(further)}: expected a classifier that reads pixel_values "
             f"alone; give an objective of your own that makes its inputs"
         )
-    return ImageClassification(
-        ImagePipeline(processor),
-        augmentation=args.augmentation,
-        teacher=suspect if args.objective == "distillation" else None,
-        temperature=args.temperature,
-        mixup_alpha=args.mixup_alpha,
-        teacher_view=args.teacher_view,
-        teacher_errors=args.teacher_errors,
-        feature_weight=args.feature_weight,
-        score_name=score_name,
-    )
+    return ImageClassification.of(args, ImagePipeline(processor), suspect, score_name=score_name)

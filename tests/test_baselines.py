@@ -218,6 +218,16 @@ class TestAll:
             choose(3.0)
 
 
+class TestDevice:
+    @pytest.mark.parametrize(
+        ("use_cpu", "there", "device"), [(True, "meta", "cpu"), (False, "meta", "meta"), (False, None, "cpu")]
+    )
+    def test_where_it_is_worked_on(self, monkeypatch, use_cpu, there, device):
+        found = None if there is None else torch.device(there)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+        assert Case(None, None, None, None, 0, use_cpu=use_cpu).device == torch.device(device)
+
+
 class TestWiSEFT:
     def test_points(self):
         on = case("vit")

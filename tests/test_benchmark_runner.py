@@ -25,7 +25,9 @@ import yaml
 from datasets import DatasetDict
 from suspects_and_digits import NAMES, digit_data, digits, processor, read_json, renamed
 from tiny import TRANSFORMER
+from transformers import TrainingArguments
 
+from hf_tsc.baselines import fine_tuning
 from hf_tsc.baselines.fine_tuning import FineTuning, fine_tune
 from hf_tsc.benchmark import cells, estimate, runner, suspects
 from hf_tsc.benchmark.estimate import estimate_seconds
@@ -355,7 +357,7 @@ class TestGoingOn:
     def test_interrupted(self, finished, images, tmp_path, monkeypatch):
         """Lines that are there stay, and the file can be opened again."""
 
-        def stop(cell, *args, real=runner.run_cell):
+        def stop(cell, *args, **options):
             if cell.group == "wild":
                 raise KeyboardInterrupt
             return {**next(line for line in finished.lines if line["id"] == cell.id)}
@@ -371,7 +373,7 @@ class TestGoingOn:
     def test_a_worker_was_killed(self, finished, images, tmp_path, monkeypatch, name):
         """Nobody knows by whom: what it worked on has not failed, and is run again."""
 
-        def broken(*args):
+        def broken(*args, **options):
             raise BrokenProcessPool("a child process terminated abruptly")
 
         monkeypatch.setattr(runner, name, broken)
@@ -484,10 +486,10 @@ class TestReactivation:
     def test_a_twin_that_fails_takes_its_cells_along(self, images, tmp_path, monkeypatch):
         plan = self.plan(grid={"learning_rate": [0.1, 0.05]})
 
-        def broken(suspect, *args, real=runner.train):
+        def broken(suspect, *args, real=runner.train, **options):
             if suspect.attack == "clean":
                 raise UsageError("no")
-            return real(suspect, *args)
+            return real(suspect, *args, **options)
 
         monkeypatch.setattr(runner, "train", broken)
         progress, said = run(plan, images, tmp_path / "r", tmp_path / "s")
@@ -500,7 +502,7 @@ class TestReactivation:
         plan = Plan.from_dict(content)
         tried = []
 
-        def broken(suspect, *args):
+        def broken(suspect, *args, **options):
             tried.append(suspect.id)
             raise UsageError("no")
 
@@ -510,11 +512,58 @@ class TestReactivation:
         assert progress.failed == [plan.cells[0].id]
 
 
+class TestDevice:
+    """Suspects and cells are worked on where the command is told to."""
+
+    @pytest.mark.parametrize("use_cpu", [False, True])
+    def test_is_passed_on(self, finished, images, tmp_path, monkeypatch, use_cpu):
+        told = []
+
+        def train(suspect, images, cache, *, use_cpu, real=suspects.train):
+            told.append(("train", use_cpu))
+            real(suspect, images, cache, use_cpu=True)
+
+        def run_cell(cell, *args, use_cpu):
+            told.append(("cell", use_cpu))
+            return next(line for line in finished.lines if line["id"] == cell.id)
+
+        monkeypatch.setattr(runner, "train", train)
+        monkeypatch.setattr(runner, "run_cell", run_cell)
+        run(finished.plan, images, tmp_path / "r", tmp_path / "s", only=["learning_rate=0.05"], use_cpu=use_cpu)
+        assert told == [("train", use_cpu), ("cell", use_cpu)]
+
+    def test_options_of_all_trainings(self, finished, images, tmp_path, monkeypatch):
+        """What a cell trains, the method and the re-tuning attack, it trains on the CPU if it is told to."""
+        told = []
+
+        class Watched(TrainingArguments):
+            def __post_init__(self):
+                told.append(self.use_cpu)
+                super().__post_init__()
+
+        monkeypatch.setattr(fine_tuning, "TrainingArguments", Watched)
+        for use_cpu in (True, False):
+            told.clear()
+            cell = plan_of({**TUNING, "group": "g", "retune": [1], "points": [1]}).cells[0]
+            cells.run_cell(cell, images, finished.suspect.parent, use_cpu=use_cpu)
+            assert told == [use_cpu] * 2
+
+    @pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator here")
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_on_an_accelerator(self, finished, images, number):
+        """TSC and fine-tuning, measured there; the suspect measures what it does on the CPU."""
+        cell, line = finished.plan.cells[number], finished.lines[number]
+        found = cells.run_cell(cell, images, finished.suspect.parent)
+        assert found["environment"]["device"] != "cpu"
+        assert found["before"]["report"]["accuracy"] == pytest.approx(line["before"]["report"]["accuracy"], abs=0.02)
+        assert [path["path"] for path in found["paths"]] == [path["path"] for path in line["paths"]]
+
+
 class TestRefused:
     @pytest.fixture(autouse=True)
     def nothing_is_run(self, monkeypatch):
         for name in ("run_cell", "train"):
-            monkeypatch.setattr(runner, name, lambda *args: pytest.fail("nothing must be run"))
+            monkeypatch.setattr(runner, name, lambda *args, **options: pytest.fail("nothing must be run"))
 
     @pytest.mark.parametrize(
         ("name", "rows", "split"),
@@ -615,7 +664,7 @@ class TestSuspects:
 class TestEstimate:
     @pytest.fixture(autouse=True)
     def a_hundredth_of_a_second_an_image(self, monkeypatch):
-        monkeypatch.setattr(estimate, "_seconds_per_image", lambda suspect: 0.01)
+        monkeypatch.setattr(estimate, "_seconds_per_image", lambda suspect, device: 0.01)
 
     def test_without_results(self, finished, images, tmp_path):
         found = estimate_seconds(finished.plan.cells, [], images, tmp_path)
@@ -833,7 +882,7 @@ class TestOtherKinds:
         group = {**TUNING, "group": "g", "models": ["clip"], "attacks": ["badnets"]}
         (cell,) = self.plan(group).cells
         suspects.train(cell.suspect, images, tmp_path)
-        bench = cells._Bench(cell, images, tmp_path)
+        bench = cells._Bench(cell, images, tmp_path, use_cpu=True)
         assert len(bench.case.train[0]["captions"]) == len(CAPTIONS)
         source = resolve_model(str(tmp_path / cell.suspect.id), local=True)
         first, last = (TEST[0] + row for row in CONTENT["rows"]["select"])
@@ -866,7 +915,7 @@ class TestOtherKinds:
     )
     def test_seconds_of_encoders(self, tmp_path, images, monkeypatch, attacks, passes):
         """An epoch with two views; half an epoch of BadEncoder, beside the clean encoder that it starts from."""
-        monkeypatch.setattr(estimate, "_seconds_per_image", lambda suspect: 0.01)
+        monkeypatch.setattr(estimate, "_seconds_per_image", lambda suspect, device: 0.01)
         group = {**TUNING, "models": ["encoder"], "attacks": attacks}
         group["settings"] = {**group["settings"], "objective": "distillation"}
         views = {**group, "group": "v", "settings": {**group["settings"], "objective": "simclr"}}
@@ -876,7 +925,7 @@ class TestOtherKinds:
 
     def test_seconds_of_what_trains_nothing(self, tmp_path, images, monkeypatch):
         """As long as other cells of the method took."""
-        monkeypatch.setattr(estimate, "_seconds_per_image", lambda suspect: 0.01)
+        monkeypatch.setattr(estimate, "_seconds_per_image", lambda suspect, device: 0.01)
         ridge = {**ON, "group": "r", "models": ["clip"], "method": "ridge", "settings": {"objective": "image_text"}}
         (cell,) = self.plan(ridge).cells
         line = {**cell.describe(), "seconds": {"all": 30.0}}
@@ -896,7 +945,7 @@ class TestOtherKinds:
         )
         with see:
             for suspect in plan.suspects:
-                assert estimate._seconds_per_image(suspect) > 0
+                assert estimate._seconds_per_image(suspect, torch.device("cpu")) > 0
         assert set(augmented) == {"none", "simclr"}
         assert {"CLIPTextEmbeddings", "CLIPVisionEmbeddings"} <= called
 

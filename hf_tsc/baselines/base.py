@@ -20,10 +20,9 @@ from hf_tsc.batch_norm import PASSES as STATISTICS_PASSES
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
 from hf_tsc.functional import call_at, tensors_of
 from hf_tsc.images import collate
-from hf_tsc.objectives import ImageClassification, Objective
+from hf_tsc.objectives import ImageClassification, LossSettings, Objective
 from hf_tsc.permutation import Params
 from hf_tsc.seeds import derived_seed
-from hf_tsc.tasks import LossSettings
 from hf_tsc.tsc_config import CLASSIFYING
 
 MEASURED_BATCH = 128  # images a forward pass where nothing is trained
@@ -55,20 +54,16 @@ class Case:
     objectives: Sequence[str] = CLASSIFYING
     use_cpu: bool = True
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is worked on."""
+        return working_device(use_cpu=self.use_cpu)
+
     def objective_of(self, settings: LossSettings) -> Objective:
         """What is trained for; the suspect teaches where that is a distillation."""
         if self.objective is not None:
             return self.objective(settings)
-        return ImageClassification(
-            self.train.pipeline,
-            augmentation=settings.augmentation,
-            teacher=self.suspect if settings.objective == "distillation" else None,
-            temperature=settings.temperature,
-            mixup_alpha=settings.mixup_alpha,
-            teacher_view=settings.teacher_view,
-            teacher_errors=settings.teacher_errors,
-            feature_weight=settings.feature_weight,
-        )
+        return ImageClassification.of(settings, self.train.pipeline, self.suspect)
 
     def clean_batches(self, objective: Objective) -> Iterator[Batch]:
         """All training images as model inputs, in fixed order and without augmentation."""
@@ -143,6 +138,12 @@ class Case:
 
     def _here(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.suspect.device) for name, tensor in batch.items()}
+
+
+def working_device(*, use_cpu: bool) -> torch.device:
+    """The accelerator, where there is one that may be used, or else the CPU."""
+    found = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
 
 
 def check_finite(loss: Tensor, step: int, advice: str) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_tsc.baselines.anp import ANP, run_anp
@@ -241,7 +240,7 @@ def run_baseline(name: str, case: Case, settings: Settings, visit: Visit) -> Out
         AccuracyBudgetError: no point keeps the accuracy that is asked for.
     """
     check_fits(name, case.objectives)
-    suspect = copy.deepcopy(case.suspect).eval().requires_grad_(False).to(device_of(case))
+    suspect = copy.deepcopy(case.suspect).eval().requires_grad_(False).to(case.device)
     BASELINES[name].run(replace(case, suspect=suspect), settings, visit)
     return Outcome(settings.gradient_evaluations(len(case.train)), asdict(settings))
 
@@ -253,9 +252,3 @@ def check_fits(name: str, objectives: Sequence[str]) -> None:
         raise UsageError(
             f"method {name} needs an image classifier, and the model is none: expected one of tsc, {able}"
         )
-
-
-def device_of(case: Case) -> torch.device:
-    """Where a case is worked on."""
-    found = None if case.use_cpu else torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None else found

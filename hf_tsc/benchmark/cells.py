@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 
+from hf_tsc.activations import Batch
 from hf_tsc.baselines.base import Case, Point
 from hf_tsc.baselines.registry import BASELINES, loss_config, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
@@ -40,7 +42,7 @@ from hf_tsc.tsc_config import PRESETS, TSCConfig
 Measures = dict[str, Any]
 
 
-def run_cell(cell: Cell, images: BenchmarkImages, cache: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, images: BenchmarkImages, cache: Path, *, use_cpu: bool = False) -> dict[str, Any]:
     """Run a cell.
 
     Returns:
@@ -51,7 +53,7 @@ def run_cell(cell: Cell, images: BenchmarkImages, cache: Path) -> dict[str, Any]
     """
     started = time.monotonic()
     set_seed(cell.seed)
-    bench = _Bench(cell, images, cache)
+    bench = _Bench(cell, images, cache, use_cpu=use_cpu)
     line: dict[str, Any] = {**cell.describe(), "images": images.hash, "weights": bench.weights}
     line["before"] = bench.suspect_measures()
     paths: list[dict[str, Any]] = []
@@ -72,35 +74,38 @@ def run_cell(cell: Cell, images: BenchmarkImages, cache: Path) -> dict[str, Any]
         line |= {"paths": paths, **asdict(outcome)}
     method = time.monotonic() - start - measuring
     line["seconds"] = {"method": round(method, 1), "all": round(time.monotonic() - started, 1)}
-    line["environment"] = {**environment(torch.device("cpu")), "threads": torch.get_num_threads()}
+    line["environment"] = {**environment(bench.device), "threads": torch.get_num_threads()}
     return line
 
 
 class _Bench:
-    """A suspect with the images it is measured on."""
+    """A suspect with the images it is measured on; `network` is it where it is measured."""
 
-    def __init__(self, cell: Cell, images: BenchmarkImages, cache: Path):
-        self.cell, self.images = cell, images
-        source, self.suspect = load(cell.suspect, cache)
+    def __init__(self, cell: Cell, images: BenchmarkImages, cache: Path, *, use_cpu: bool):
+        self.cell, self.images, self.use_cpu = cell, images, use_cpu
+        source, suspect = load(cell.suspect, cache)
         self.weights = hashlib.sha256("".join(source.file_hashes.values()).encode()).hexdigest()[:10]
         made, rows = processor(cell.suspect), images.clean_rows(cell)
         self.pipeline = ImagePipeline(made)
-        config = _loss_config(cell, self.suspect)
+        config = _loss_config(cell, suspect, use_cpu=use_cpu)
         # pairs as the suspect was trained on; prompts are what it is measured by
         captions = Options(templates=CAPTIONS)
-        work = Work(source, self.suspect, images.train, rows, self.pipeline, config, captions)
+        work = Work(source, suspect, images.train, rows, self.pipeline, config, captions)
         task = TASKS[cell.suspect.kind](work)
         train, held_out = task.items(rows.train), task.items(rows.held_out)
         classifier = isinstance(task, Classification)
         self.case = Case(
-            self.suspect,
+            suspect,
             made,
             train,
             held_out,
             cell.seed,
             objective=None if classifier else task.objective_of,
             objectives=task.objectives,
+            use_cpu=use_cpu,
         )
+        self.device = self.case.device
+        self.network = copy.deepcopy(suspect).to(self.device)  # type: ignore[arg-type]
         self.attack = attack_of(cell.suspect, cache)
         self.twin = load(cell.twin, cache)[1] if cell.twin is not None else None
         options: dict[str, Any] = {"attack": self.attack, "num_classes": _classes(images)}
@@ -112,16 +117,16 @@ class _Bench:
         self.on_held_out: Callable[[Forward], Measures]
         if classifier:
             objective = ImageClassification(self.pipeline)
-            self.on_held_out = lambda forward: objective.evaluate(forward, _batches(self.case.held_out))
+            self.on_held_out = lambda forward: objective.evaluate(forward, self._batches(held_out))
         else:
             reading = {"num_classes": _classes(images), "reader": options["reader"]}
             measured = Evaluator(images.train, self.pipeline, indices=rows.held_out, **reading)
-            self.on_held_out = lambda forward: {"score": measured.clean_accuracy(forward)}
+            self.on_held_out = lambda forward: {"score": measured.clean_accuracy(forward, device=self.device)}
 
     def suspect_measures(self) -> Measures:
         return {
-            "held_out": self._held_out(self.suspect),
-            **{name: self._on(name, self.suspect) for name in self.evaluators},
+            "held_out": self._held_out(self.network),
+            **{name: self._on(name, self.network) for name in self.evaluators},
         }
 
     def along(self, point: Point, *, last: bool, taken: float) -> list[Measures]:
@@ -146,7 +151,7 @@ class _Bench:
         return {"t": t, "held_out": self._held_out(forward), "select": self._on("select", forward)}
 
     def _attacked(self, params: Params, *, reactivated: bool) -> Measures:
-        purified, settings = model_at(self.suspect, params), Retuning(**self.cell.retuning)
+        purified, settings = model_at(self.network, params), Retuning(**self.cell.retuning)
         tuned = self._retune(purified, settings)
         found: Measures = {"retuned": {"settings": asdict(settings), **self._on("report", tuned)}}
         return found | ({"reactivated": self._reactivated(purified, tuned)} if reactivated else {})
@@ -161,7 +166,7 @@ class _Bench:
                 self.attack,
                 settings,
                 seed=self.cell.seed,
-                use_cpu=True,
+                use_cpu=self.use_cpu,
             )
 
     def _reactivated(self, purified: PreTrainedModel, tuned: PreTrainedModel) -> Measures:
@@ -181,33 +186,33 @@ class _Bench:
         return {"settings": asdict(settings), **_rounded(asdict(measured))}
 
     def _forward_at(self, params: Params) -> Forward:
-        return lambda **inputs: call_at(self.suspect, params, inputs)
+        return lambda **inputs: call_at(self.network, params, inputs)
 
     def _on(self, name: str, forward: Forward) -> Measures:
-        return _rounded(self.evaluators[name](forward).to_dict())
+        return _rounded(self.evaluators[name](forward, device=self.device).to_dict())
 
     def _held_out(self, forward: Forward) -> Measures:
         return _rounded(self.on_held_out(forward))
+
+    def _batches(self, dataset: Any) -> Iterator[Batch]:
+        loader: Any = DataLoader(dataset, batch_size=128, collate_fn=collate, generator=torch.Generator())
+        return ({name: tensor.to(self.device) for name, tensor in batch.items()} for batch in loader)
 
 
 def _points(places: Places, taken: float) -> set[float]:
     return {taken if place == TAKEN else float(place) for place in places}
 
 
-def _batches(dataset: Any) -> Iterable[Any]:
-    loader: Any = DataLoader(dataset, batch_size=128, collate_fn=collate, generator=torch.Generator())
-    return loader
-
-
 def _rounded(measures: Measures) -> Measures:
     return {key: float(np.round(value, 6)) if isinstance(value, float) else value for key, value in measures.items()}
 
 
-def _loss_config(cell: Cell, suspect: PreTrainedModel) -> TSCConfig:
+def _loss_config(cell: Cell, suspect: PreTrainedModel, *, use_cpu: bool) -> TSCConfig:
     """The settings of a cell, as far as they make a loss, with the defaults that its method would take."""
-    options: dict[str, Any] = {"objectives": TASKS[cell.suspect.kind].objectives, "seed": cell.seed, "use_cpu": True}
+    objectives = TASKS[cell.suspect.kind].objectives
+    options: dict[str, Any] = {"objectives": objectives, "seed": cell.seed, "use_cpu": use_cpu}
     if cell.method in BASELINES:
-        return loss_config(settings_of(cell.method, cell.settings, options["objectives"]), suspect, **options)
+        return loss_config(settings_of(cell.method, cell.settings, objectives), suspect, **options)
     known = {
         "objective",
         "augmentation",

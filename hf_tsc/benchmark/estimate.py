@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from hf_tsc.baselines.base import working_device
 from hf_tsc.baselines.registry import BASELINES, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import Line
@@ -28,13 +29,14 @@ BAD_ENCODER_PASSES = 3 + 1 / 3  # three pictures for each image, and one forward
 
 
 def estimate_seconds(
-    cells: Sequence[Cell], lines: Sequence[Line], images: BenchmarkImages, cache: Path
+    cells: Sequence[Cell], lines: Sequence[Line], images: BenchmarkImages, cache: Path, *, use_cpu: bool = False
 ) -> dict[str, float]:
-    """Seconds of one thread: for the suspects that are missing, and for the cells.
+    """Seconds of one process: for the suspects that are missing, and for the cells.
 
     From finished cells of the same model and method where there are some, else from a few timed steps.
     """
-    speed = {model: _seconds_per_image(cell.suspect) for model, cell in _first_of_each_model(cells).items()}
+    device = working_device(use_cpu=use_cpu)
+    speed = {model: _seconds_per_image(cell.suspect, device) for model, cell in _first_of_each_model(cells).items()}
     named = [suspect for cell in cells for suspect in cell.suspects]
     wanted = {suspect.id: suspect for one in named for suspect in (one, one.start) if suspect is not None}
     missing = {name: suspect for name, suspect in wanted.items() if not is_trained(suspect, cache / images.hash)}
@@ -90,19 +92,21 @@ def _drawn_images(described: dict[str, Any]) -> float:
     return curves * steps * float(settings.get("per_device_train_batch_size", 64))
 
 
-def _seconds_per_image(plan: SuspectPlan) -> float:
-    """Of a training step, on one thread: augmentation, and both towers of a dual encoder, on one picture."""
+def _seconds_per_image(plan: SuspectPlan, device: torch.device) -> float:
+    """Of a training step of one process: augmentation, and both towers of a dual encoder, on one picture."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = TASKS[plan.kind].auto_class.from_config(AutoConfig.for_model(**plan.config))
-        inputs = example_inputs(model, batch_size=PROBE_BATCH)
-        inputs["pixel_values"] = torch.rand(PROBE_BATCH, 3, plan.image_size, plan.image_size)
+        model = TASKS[plan.kind].auto_class.from_config(AutoConfig.for_model(**plan.config)).to(device)
+        inputs = {name: tensor.to(device) for name, tensor in example_inputs(model, batch_size=PROBE_BATCH).items()}
+        inputs["pixel_values"] = torch.rand(PROBE_BATCH, 3, plan.image_size, plan.image_size, device=device)
         augment = Augmentation(plan.arguments.get("augmentation", "none"))
         times = []
         for _ in range(PROBE_STEPS):
             start = time.perf_counter()
             model(**{**inputs, "pixel_values": augment(inputs["pixel_values"], seed=0)})[0].sum().backward()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             times.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)

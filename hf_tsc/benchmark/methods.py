@@ -57,7 +57,7 @@ def run_tsc(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
         if "max_accuracy_drop" not in options:
             options.setdefault("sweep_points", 3)  # the trainer's own sweep is not needed
         quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "report_to": "none"}
-        options |= {**quiet, "output_dir": folder, "seed": case.seed, "use_cpu": True}
+        options |= {**quiet, "output_dir": folder, "seed": case.seed, "use_cpu": case.use_cpu}
         if preset == "default":
             config = TSCConfig.for_model(case.suspect, objectives=case.objectives, **options)
         else:

@@ -1,4 +1,4 @@
-"""Runs the cells of a plan that have no line yet, in processes of one thread each."""
+"""Runs the cells of a plan that have no line yet, in processes of one thread each, or on an accelerator they share."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def run_plan(
     cache: Path,
     processes: int = 1,
     only: Sequence[str] = (),
+    use_cpu: bool = False,
     say: Callable[[str], None] = print,
 ) -> Progress:
     """Run what is left of a plan.
@@ -78,8 +79,9 @@ def run_plan(
         plan, images: what to run, and on what.
         results: the file of lines.
         cache: folder of the suspects; those of each dataset have one of their own in it.
-        processes: cells at once, a thread each; the results do not depend on it.
+        processes: cells at once, a thread each; the results do not depend on it (on an accelerator, but for rounding).
         only: words that the description of a cell must contain.
+        use_cpu: work on the CPU, whatever there is; else all processes share the first accelerator.
         say: told of every cell.
 
     Returns:
@@ -105,7 +107,7 @@ def run_plan(
             try:
                 while waiting or running:
                     while len(running) < processes and (job := _next(waiting, running.values(), cache)):
-                        running[_submit(pool, job, images, cache)] = job
+                        running[_submit(pool, job, images, cache, use_cpu)] = job
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in done:
                         job = running.pop(future)
@@ -146,11 +148,11 @@ def _missing(cell: Cell, cache: Path) -> list[SuspectPlan]:
 
 
 def _submit(
-    pool: ProcessPoolExecutor, job: Cell | SuspectPlan, images: BenchmarkImages, cache: Path
+    pool: ProcessPoolExecutor, job: Cell | SuspectPlan, images: BenchmarkImages, cache: Path, use_cpu: bool
 ) -> Future[Line | None]:
     if isinstance(job, Cell):
-        return pool.submit(_run_cell, job, images, cache)
-    return pool.submit(_train, job, images, cache)
+        return pool.submit(_run_cell, job, images, cache, use_cpu)
+    return pool.submit(_train, job, images, cache, use_cpu)
 
 
 def _result(
@@ -245,9 +247,9 @@ def _here(images: BenchmarkImages) -> BenchmarkImages:
     return _opened.setdefault((str(images.arguments), images.test_split), images)
 
 
-def _run_cell(cell: Cell, images: BenchmarkImages, cache: Path) -> Line:
-    return run_cell(cell, _here(images), cache)
+def _run_cell(cell: Cell, images: BenchmarkImages, cache: Path, use_cpu: bool) -> Line:
+    return run_cell(cell, _here(images), cache, use_cpu=use_cpu)
 
 
-def _train(plan: SuspectPlan, images: BenchmarkImages, cache: Path) -> None:
-    train(plan, _here(images), cache)
+def _train(plan: SuspectPlan, images: BenchmarkImages, cache: Path, use_cpu: bool) -> None:
+    train(plan, _here(images), cache, use_cpu=use_cpu)

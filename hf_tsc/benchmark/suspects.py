@@ -54,18 +54,18 @@ def attack_of(plan: SuspectPlan, cache: Path) -> Attack:
     return Attack(trigger_from_dict(plan.trigger, folder=folder), plan.target_label)
 
 
-def train(plan: SuspectPlan, images: BenchmarkImages, cache: Path) -> None:
+def train(plan: SuspectPlan, images: BenchmarkImages, cache: Path, *, use_cpu: bool = False) -> None:
     """Train a suspect, unless it is there."""
     if is_trained(plan, cache):
         return
     started, folder = time.monotonic(), suspect_folder(plan, cache)
-    options: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
+    options: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": use_cpu}
     args = SuspectConfig(output_dir=str(folder), seed=plan.seed, **{**options, **plan.arguments})
     made, rows = processor(plan), rows_of(plan.rows)
     attack = attack_of(plan, cache) if plan.poison_rate > 0 or plan.start is not None else None
     how: dict[str, Any] = {"args": args, "attack": attack, "indices": rows}
     if plan.start is not None:
-        train(plan.start, images, cache)
+        train(plan.start, images, cache, use_cpu=use_cpu)
         source, start = load(plan.start, cache)
     if plan.adaptive is not None:
         settings = Adaptive(**plan.adaptive)

@@ -1,6 +1,6 @@
 """What the curve is trained for, and how a point of it is measured: one objective per kind of model."""
 
-from hf_tsc.objectives.base import Forward, Objective
+from hf_tsc.objectives.base import Forward, LossSettings, Objective
 from hf_tsc.objectives.classification import (
     ImageClassification,
     Mixup,
@@ -19,6 +19,7 @@ __all__ = [
     "HiddenStates",
     "ImageClassification",
     "ImageText",
+    "LossSettings",
     "Mixup",
     "Objective",
     "ProjectionHead",

@@ -12,6 +12,25 @@ from hf_tsc.activations import Batch
 Forward = Callable[..., object]
 
 
+class LossSettings(Protocol):
+    """What an objective takes of the settings of a training, named as in `TSCConfig`."""
+
+    @property
+    def objective(self) -> str: ...
+    @property
+    def augmentation(self) -> str: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def mixup_alpha(self) -> float: ...
+    @property
+    def teacher_view(self) -> str: ...
+    @property
+    def teacher_errors(self) -> str: ...
+    @property
+    def feature_weight(self) -> float: ...
+
+
 class Objective(Protocol):
     """A training loss, clean model inputs, and the measures of a point.
 

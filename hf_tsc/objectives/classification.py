@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_tsc.activations import Batch
 from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
-from hf_tsc.objectives.base import Forward
+from hf_tsc.objectives.base import Forward, LossSettings
 from hf_tsc.objectives.hidden_states import HiddenStates, call_with_states
 from hf_tsc.processes import Rows, across_processes, own_rows
 
@@ -97,6 +97,23 @@ class ImageClassification:
         self.mixup = Mixup(mixup_alpha) if mixup_alpha > 0 else None
         self.score_name = score_name
         self.hidden_states = HiddenStates(feature_weight) if teacher is not None and feature_weight > 0 else None
+
+    @classmethod
+    def of(
+        cls, settings: LossSettings, pipeline: ImagePipeline, suspect: nn.Module, *, score_name: str = "accuracy"
+    ) -> ImageClassification:
+        """What the settings of a training describe; the suspect teaches where that is a distillation."""
+        return cls(
+            pipeline,
+            augmentation=settings.augmentation,
+            teacher=suspect if settings.objective == "distillation" else None,
+            temperature=settings.temperature,
+            mixup_alpha=settings.mixup_alpha,
+            teacher_view=settings.teacher_view,
+            teacher_errors=settings.teacher_errors,
+            feature_weight=settings.feature_weight,
+            score_name=score_name,
+        )
 
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
         inputs, partner, share = self._drawn(batch, seed=seed, rows=own_rows(len(batch["pixels"])))

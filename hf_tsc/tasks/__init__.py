@@ -9,7 +9,7 @@ from transformers import AutoModelForZeroShotImageClassification, PretrainedConf
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_tsc.hub import Source
-from hf_tsc.tasks.base import LossSettings, Measure, Options, Task, Work
+from hf_tsc.tasks.base import Measure, Options, Task, Work
 from hf_tsc.tasks.classification import Classification
 from hf_tsc.tasks.encoding import Encoding
 from hf_tsc.tasks.image_text import ImageTextMatching
@@ -18,7 +18,6 @@ __all__ = [
     "Classification",
     "Encoding",
     "ImageTextMatching",
-    "LossSettings",
     "Measure",
     "Options",
     "Task",

@@ -17,7 +17,7 @@ from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack
 from hf_tsc.hub import Source
 from hf_tsc.images import ImagePipeline
-from hf_tsc.objectives import Forward, Objective
+from hf_tsc.objectives import Forward, LossSettings, Objective
 from hf_tsc.tsc_config import TSCConfig
 
 
@@ -45,25 +45,6 @@ class Work:
     pipeline: ImagePipeline
     config: TSCConfig
     options: Options
-
-
-class LossSettings(Protocol):
-    """What an objective takes of the settings of a training, named as in `TSCConfig`."""
-
-    @property
-    def objective(self) -> str: ...
-    @property
-    def augmentation(self) -> str: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def mixup_alpha(self) -> float: ...
-    @property
-    def teacher_view(self) -> str: ...
-    @property
-    def teacher_errors(self) -> str: ...
-    @property
-    def feature_weight(self) -> float: ...
 
 
 class Measure(Protocol):

@@ -12,8 +12,8 @@ from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.hub import Source
 from hf_tsc.images import pixel_dataset
-from hf_tsc.objectives import ImageClassification, Objective
-from hf_tsc.tasks.base import LossSettings, Task, Work
+from hf_tsc.objectives import ImageClassification, LossSettings, Objective
+from hf_tsc.tasks.base import Task, Work
 from hf_tsc.tasks.classes import check_labels, class_names
 
 UNCORRECTED_TRANSFORMER = (
@@ -60,17 +60,8 @@ class Classification(Task):
         return pixel_dataset(self.work.data, rows, self.work.pipeline)
 
     def objective_of(self, settings: LossSettings) -> Objective:
-        return ImageClassification(
-            self.work.pipeline,
-            augmentation=settings.augmentation,
-            teacher=self.work.model if settings.objective == "distillation" else None,
-            temperature=settings.temperature,
-            mixup_alpha=settings.mixup_alpha,
-            teacher_view=settings.teacher_view,
-            teacher_errors=settings.teacher_errors,
-            feature_weight=settings.feature_weight,
-            score_name="accuracy" if self.work.data.label_column is not None else "agreement",
-        )
+        score_name = "accuracy" if self.work.data.label_column is not None else "agreement"
+        return ImageClassification.of(settings, self.work.pipeline, self.work.model, score_name=score_name)
 
     def measure(self, data: ImageData, rows: np.ndarray | None, attack: Attack | None) -> Evaluator | None:
         if data.label_column is None:

@@ -13,9 +13,9 @@ from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.hub import Source
 from hf_tsc.images import pixel_dataset
-from hf_tsc.objectives import FeatureDistillation, Objective, ProjectionHead, SimCLR, features_of
+from hf_tsc.objectives import FeatureDistillation, LossSettings, Objective, ProjectionHead, SimCLR, features_of
 from hf_tsc.readers import LinearProbe
-from hf_tsc.tasks.base import LossSettings, Task, Work
+from hf_tsc.tasks.base import Task, Work
 
 
 class Encoding(Task):

@@ -20,9 +20,9 @@ from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.hub import Source, load_tokenizer
 from hf_tsc.images import ImagePipeline, collate, pixel_dataset
-from hf_tsc.objectives import Captions, Forward, ImageText, Objective
+from hf_tsc.objectives import Captions, Forward, ImageText, LossSettings, Objective
 from hf_tsc.readers import ZeroShot, image_embeddings, text_embeddings
-from hf_tsc.tasks.base import LossSettings, Task, Work
+from hf_tsc.tasks.base import Task, Work
 from hf_tsc.tasks.encoding import check_pairs
 
 
