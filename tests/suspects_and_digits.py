@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import Executor, Future
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,18 @@ def renamed(rows: Dataset, names: list[str]) -> Dataset:
 def two_image_columns(rows: Dataset) -> Dataset:
     other = rows.select_columns(["image"]).rename_column("image", "thumbnail")
     return concatenate_datasets([rows, other], axis=1)
+
+
+class InThisProcess(Executor):
+    """Stands in for the pool of processes, which would import everything anew."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def submit(self, function: Any, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ import pytest
 import torch
 import yaml
 from datasets import DatasetDict
-from suspects_and_digits import NAMES, digit_data, digits, processor, read_json, renamed
+from suspects_and_digits import NAMES, InThisProcess, digit_data, digits, processor, read_json, renamed
 from tiny import TRANSFORMER
 from transformers import TrainingArguments
 
@@ -95,21 +94,6 @@ def nothing_to_collect():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-class InThisProcess(Executor):
-    """Stands in for the pool of processes, which would import everything anew."""
-
-    def __init__(self, *args):
-        pass
-
-    def submit(self, function, *args):
-        future = Future()
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -548,7 +532,7 @@ class TestDevice:
             cells.run_cell(cell, images, finished.suspect.parent, use_cpu=use_cpu)
             assert told == [use_cpu] * 2
 
-    @pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator here")
+    @pytest.mark.gpu
     @pytest.mark.parametrize("number", [0, 1])
     def test_on_an_accelerator(self, finished, images, number):
         """TSC and fine-tuning, measured there; the suspect measures what it does on the CPU."""

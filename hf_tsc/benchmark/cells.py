@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 
 from hf_tsc.activations import Batch
-from hf_tsc.baselines.base import Case, Point
+from hf_tsc.baselines.base import Case, Point, working_device
 from hf_tsc.baselines.registry import BASELINES, loss_config, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
 from hf_tsc.benchmark.methods import METHODS
@@ -79,23 +78,25 @@ def run_cell(cell: Cell, images: BenchmarkImages, cache: Path, *, use_cpu: bool 
 
 
 class _Bench:
-    """A suspect with the images it is measured on; `network` is it where it is measured."""
+    """A suspect, where it is worked on, with the images it is measured on."""
 
     def __init__(self, cell: Cell, images: BenchmarkImages, cache: Path, *, use_cpu: bool):
         self.cell, self.images, self.use_cpu = cell, images, use_cpu
-        source, suspect = load(cell.suspect, cache)
+        self.device = working_device(use_cpu=use_cpu)
+        source, self.suspect = load(cell.suspect, cache)
+        self.suspect.to(self.device)  # type: ignore[arg-type]
         self.weights = hashlib.sha256("".join(source.file_hashes.values()).encode()).hexdigest()[:10]
         made, rows = processor(cell.suspect), images.clean_rows(cell)
         self.pipeline = ImagePipeline(made)
-        config = _loss_config(cell, suspect, use_cpu=use_cpu)
+        config = _loss_config(cell, self.suspect, use_cpu=use_cpu)
         # pairs as the suspect was trained on; prompts are what it is measured by
         captions = Options(templates=CAPTIONS)
-        work = Work(source, suspect, images.train, rows, self.pipeline, config, captions)
+        work = Work(source, self.suspect, images.train, rows, self.pipeline, config, captions)
         task = TASKS[cell.suspect.kind](work)
         train, held_out = task.items(rows.train), task.items(rows.held_out)
         classifier = isinstance(task, Classification)
         self.case = Case(
-            suspect,
+            self.suspect,
             made,
             train,
             held_out,
@@ -104,8 +105,6 @@ class _Bench:
             objectives=task.objectives,
             use_cpu=use_cpu,
         )
-        self.device = self.case.device
-        self.network = copy.deepcopy(suspect).to(self.device)  # type: ignore[arg-type]
         self.attack = attack_of(cell.suspect, cache)
         self.twin = load(cell.twin, cache)[1] if cell.twin is not None else None
         options: dict[str, Any] = {"attack": self.attack, "num_classes": _classes(images)}
@@ -125,8 +124,8 @@ class _Bench:
 
     def suspect_measures(self) -> Measures:
         return {
-            "held_out": self._held_out(self.network),
-            **{name: self._on(name, self.network) for name in self.evaluators},
+            "held_out": self._held_out(self.suspect),
+            **{name: self._on(name, self.suspect) for name in self.evaluators},
         }
 
     def along(self, point: Point, *, last: bool, taken: float) -> list[Measures]:
@@ -151,7 +150,7 @@ class _Bench:
         return {"t": t, "held_out": self._held_out(forward), "select": self._on("select", forward)}
 
     def _attacked(self, params: Params, *, reactivated: bool) -> Measures:
-        purified, settings = model_at(self.network, params), Retuning(**self.cell.retuning)
+        purified, settings = model_at(self.suspect, params), Retuning(**self.cell.retuning)
         tuned = self._retune(purified, settings)
         found: Measures = {"retuned": {"settings": asdict(settings), **self._on("report", tuned)}}
         return found | ({"reactivated": self._reactivated(purified, tuned)} if reactivated else {})
@@ -186,7 +185,7 @@ class _Bench:
         return {"settings": asdict(settings), **_rounded(asdict(measured))}
 
     def _forward_at(self, params: Params) -> Forward:
-        return lambda **inputs: call_at(self.network, params, inputs)
+        return lambda **inputs: call_at(self.suspect, params, inputs)
 
     def _on(self, name: str, forward: Forward) -> Measures:
         return _rounded(self.evaluators[name](forward, device=self.device).to_dict())
