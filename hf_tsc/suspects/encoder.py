@@ -117,7 +117,7 @@ def backdoor_encoder(
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.requires_grad_(False)
-    teacher = copy.deepcopy(clean).eval().requires_grad_(False).to(args.device)  # type: ignore[arg-type]
+    teacher = copy.deepcopy(clean).eval().requires_grad_(False).to(args.device)
     objective = BadEncoder(pipeline, teacher, attack.trigger, pixels, augmentation=args.augmentation)
     dataset: Dataset = pixel_dataset(data, rows, pipeline)
     record = {**record_of(data, args, attack, 0.0, np.array([], dtype=np.int64)), "reference": reference}
