@@ -28,6 +28,7 @@ PAIRWISE = ("simclr", "image_text")  # these compare the items of a batch with e
 OBJECTIVES = (*CLASSIFYING, *PAIRWISE)
 TEACHER_VIEWS = ("same", "clean")
 TEACHER_ERRORS = ("keep", "drop", "correct")
+FEATURE_STATES = ("all", "last")
 
 # Published hyper-parameters for supervised models (hf.co/papers/2506.07467), and every Trainer default that differs.
 PAPER_PRESET: dict[str, Any] = {
@@ -143,6 +144,7 @@ class TSCConfig(TrainingArguments):
         like others, `drop` leaves these items out, `correct` learns the label.
     feature_weight (`float`): of the distance between hidden states and the suspect's, beside that of answers or
         features, in a distillation; 0 for none. Hidden states move with the residual stream, which has to stay.
+    feature_states (`str`): which hidden states: `all` that stay in place along the curve, or the `last` of them.
     mixup_alpha (`float`): mixup with λ ~ Beta(alpha, alpha); 0 for none.
     batch_norm_images (`str`): images that the BatchNorm statistics of a point are computed of: `training`, augmented
         and mixed as its weights have seen them, or `clean`, as they are in the data set.
@@ -205,6 +207,10 @@ class TSCConfig(TrainingArguments):
     )
     feature_weight: float = field(
         default=0.0, metadata={"help": "Of a distilled suspect's hidden states in the loss; 0 for none."}
+    )
+    feature_states: str = field(
+        default="all",
+        metadata={"help": "Which hidden states: all that stay in place, or the last.", "choices": FEATURE_STATES},
     )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup with Beta(alpha, alpha); 0 for none."})
     augmentation: str = field(
@@ -289,6 +295,7 @@ class TSCConfig(TrainingArguments):
             "augmentation": AUGMENTATIONS,
             "teacher_view": TEACHER_VIEWS,
             "teacher_errors": TEACHER_ERRORS,
+            "feature_states": FEATURE_STATES,
             "lr_scheduler_type": tuple(SCHEDULES),
             "batch_norm_images": BATCH_NORM_IMAGES,
         }

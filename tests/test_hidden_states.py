@@ -103,6 +103,24 @@ class TestTerm:
         assert torch.equal(features_of(model, inputs), call_with_states(model, inputs).pooler_output.flatten(1))
         assert followed.item() == pytest.approx(plain.item() + 2 * unexplained(found, taught).item(), rel=1e-6)
 
+    @pytest.mark.parametrize("places", [None, [0, 1]])
+    def test_the_last_state_alone(self, places):
+        """Of those there are to choose from."""
+        model, teacher = (tiny.random_model("resnet", seed=seed).float() for seed in (1, 2))
+        objectives = [
+            ImageClassification(PIPELINE, teacher=teacher, feature_weight=3.0, feature_states="last"),
+            FeatureDistillation(PIPELINE, teacher.resnet, feature_weight=3.0, feature_states="last"),
+        ]
+        inputs = PIPELINE.model_input(batch()["pixels"])
+        states = [call_with_states(one, inputs).hidden_states for one in (model, teacher)]
+        place = -1 if places is None else places[-1]
+        expected = 3 * unexplained(*([one[place]] for one in states)).item()
+        for objective, network in zip(objectives, (model, model.resnet), strict=True):
+            objective.hidden_states.places = places
+            whole = objective.loss(network, batch(), seed=5).item()
+            objective.hidden_states.weight = 0.0
+            assert whole - objective.loss(network, batch(), seed=5).item() == pytest.approx(expected, rel=1e-4)
+
     def test_without_a_teacher_there_is_nothing_to_follow(self):
         assert ImageClassification(PIPELINE, feature_weight=1.0).hidden_states is None
 

@@ -81,6 +81,7 @@ class TestChecks:
             ({"move_spaces": ["hidden", "head"]}, "move_spaces names head: expected some of residual, hidden, heads"),
             ({"feature_weight": -1.0}, r"feature_weight=-1.0: expected 0 \(none\) or a positive number"),
             ({"feature_weight": float("nan")}, "feature_weight=nan"),
+            ({"feature_states": "first"}, "feature_states='first': expected one of all, last"),
             ({"feature_weight": 2.0}, "feature_weight=2.0 with objective=cross_entropy, .* in a distillation alone"),
             (
                 {"feature_weight": 2.0, "objective": "distillation"},

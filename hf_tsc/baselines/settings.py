@@ -10,7 +10,7 @@ from typing import Any
 from hf_tsc.batch_norm import IMAGES as BATCH_NORM_IMAGES
 from hf_tsc.errors import UsageError
 from hf_tsc.images import AUGMENTATIONS
-from hf_tsc.tsc_config import OBJECTIVES, TEACHER_ERRORS, TEACHER_VIEWS
+from hf_tsc.tsc_config import FEATURE_STATES, OBJECTIVES, TEACHER_ERRORS, TEACHER_VIEWS
 
 LIMITS = ("low", "high", "whole")  # of a field of numbers, in its metadata
 
@@ -73,6 +73,7 @@ class Settings:
         "keep", TEACHER_ERRORS, "What to do with a distilled suspect's answers that are not the label."
     )
     feature_weight: float = number(0.0, "Of a distilled suspect's hidden states in the loss; 0 for none.")
+    feature_states: str = choice("all", FEATURE_STATES, "Which hidden states.")
     mixup_alpha: float = number(0.0, "Mixup with Beta(alpha, alpha); 0 for none.")
     batch_norm_images: str = choice(
         "training", BATCH_NORM_IMAGES, "Images that BatchNorm statistics between two models are computed of."

@@ -219,6 +219,7 @@ def _loss_config(cell: Cell, suspect: PreTrainedModel, *, use_cpu: bool) -> TSCC
         "teacher_view",
         "teacher_errors",
         "feature_weight",
+        "feature_states",
         "move_spaces",
         "mixup_alpha",
         "per_device_train_batch_size",

@@ -69,6 +69,7 @@ class ImageClassification:
             the same, `drop` leaves the item out of the loss, `correct` learns the labels instead. Without labels all
             answers are kept.
         feature_weight: of the distance to the teacher's hidden states, in a distillation; 0 for none.
+        feature_states: which ones, `all` or the `last`.
 
     Attributes:
         hidden_states: that distance, or None.
@@ -88,6 +89,7 @@ class ImageClassification:
         teacher_view: str = "same",
         teacher_errors: str = "keep",
         feature_weight: float = 0.0,
+        feature_states: str = "all",
     ):
         self.pipeline = pipeline
         self.teacher_view, self.teacher_errors = teacher_view, teacher_errors
@@ -96,7 +98,8 @@ class ImageClassification:
         self.temperature = temperature
         self.mixup = Mixup(mixup_alpha) if mixup_alpha > 0 else None
         self.score_name = score_name
-        self.hidden_states = HiddenStates(feature_weight) if teacher is not None and feature_weight > 0 else None
+        following = teacher is not None and feature_weight > 0
+        self.hidden_states = HiddenStates(feature_weight, feature_states) if following else None
 
     @classmethod
     def of(
@@ -112,6 +115,7 @@ class ImageClassification:
             teacher_view=settings.teacher_view,
             teacher_errors=settings.teacher_errors,
             feature_weight=settings.feature_weight,
+            feature_states=settings.feature_states,
             score_name=score_name,
         )
 

@@ -168,6 +168,7 @@ class FeatureDistillation:
         augmentation: applied to training batches.
         mixup_alpha: 0 for none.
         feature_weight: of the distance to the teacher's hidden states; 0 for none.
+        feature_states: which ones, `all` or the `last`.
 
     Attributes:
         hidden_states: that distance, or None.
@@ -184,11 +185,12 @@ class FeatureDistillation:
         augmentation: str = "none",
         mixup_alpha: float = 0.0,
         feature_weight: float = 0.0,
+        feature_states: str = "all",
     ):
         self.pipeline, self.teacher = pipeline, teacher
         self.augmentation = Augmentation(augmentation)
         self.mixup = Mixup(mixup_alpha) if mixup_alpha > 0 else None
-        self.hidden_states = HiddenStates(feature_weight) if feature_weight > 0 else None
+        self.hidden_states = HiddenStates(feature_weight, feature_states) if feature_weight > 0 else None
 
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
         if len(batch["pixels"]) < 2:

@@ -22,20 +22,22 @@ class HiddenStates:
 
     Args:
         weight: of the term in the loss.
+        states: `all` of them, or the `last` one: what the answers are made of, and how it comes about is free.
 
     Attributes:
-        places: indices of the states that count; None for all. A copy whose units were permuted has some of its states
-            permuted as well, and half way there they are nothing to compare with (`unmoved_states`).
+        places: indices of the states to choose from; None for all. A copy whose units were permuted has some of its
+            states permuted as well, and half way there they are nothing to compare with (`unmoved_states`).
     """
 
-    def __init__(self, weight: float):
-        self.weight = weight
+    def __init__(self, weight: float, states: str = "all"):
+        self.weight, self.states = weight, states
         self.places: Sequence[int] | None = None
 
     def term(self, output: Any, taught: Any) -> Tensor:
         """The weighted term of what a network and its teacher give for the same inputs."""
         found, target = states_of(output), states_of(taught)
         places = range(len(target)) if self.places is None else self.places
+        places = places[-1:] if self.states == "last" else places
         return self.weight * unexplained([found[place] for place in places], [target[place] for place in places])
 
 

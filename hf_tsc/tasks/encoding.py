@@ -53,6 +53,7 @@ class Encoding(Task):
                 augmentation=augmentation,
                 mixup_alpha=settings.mixup_alpha,
                 feature_weight=settings.feature_weight,
+                feature_states=settings.feature_states,
             )
         with torch.no_grad():
             pixels = example_inputs(work.model)["pixel_values"].to(work.model.device)
