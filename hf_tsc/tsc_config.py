@@ -61,10 +61,10 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "objective": "distillation",
     "mixup_alpha": 1.0,
 }
+IN_PLACE = [kind for kind in KINDS if kind != "residual"]  # what may move so that hidden states stay
 BATCH_NORM_DEFAULTS: dict[str, Any] = {
     **COMMON_DEFAULTS,
-    "move_spaces": [kind for kind in KINDS if kind != "residual"],
-    "feature_weight": 20.0,
+    "move_spaces": IN_PLACE,
     "curve1_window": [0.7, 0.9],
     "curve1_t": 0.7,
     "curve_epochs": 70.0,
@@ -81,6 +81,16 @@ TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "optim": "adamw_torch",
     "optim_args": None,
     "learning_rate": 4e-3,
+}
+# What changes in them where the suspect's hidden states are followed, which is so unless something else asked for
+# forbids it.
+BATCH_NORM_FOLLOWING: dict[str, Any] = {"feature_weight": 20.0}
+TRANSFORMER_FOLLOWING: dict[str, Any] = {
+    "move_spaces": IN_PLACE,
+    "feature_weight": 2.0,
+    "feature_states": "last",
+    "curve1_t": 0.5,
+    "learning_rate": 0.012,
 }
 
 
@@ -265,12 +275,13 @@ class TSCConfig(TrainingArguments):
             overrides: fields and their values.
         """
         family = family_defaults(model)
-        chosen = family["objective"] if family["objective"] in objectives else objectives[0]
-        objective = overrides.get("objective", chosen)
-        values = {**family, "objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides}
-        if "feature_weight" not in overrides and not _has_hidden_states(values):
-            values.pop("feature_weight", None)
-        return cls(**values)
+        usual = family["objective"] if family["objective"] in objectives else objectives[0]
+        objective = overrides.get("objective", usual)
+        chosen = {"objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides}
+        following = {**family, **chosen}
+        if _has_hidden_states(following) and following["feature_weight"]:
+            return cls(**following)
+        return cls(**{**family_defaults(model, following=False), **chosen})
 
     def segment_steps(self, images: int) -> int:
         """Optimisation steps a curve, over so many clean images."""
@@ -355,9 +366,16 @@ def _has_hidden_states(values: Mapping[str, Any]) -> bool:
     return values["objective"] == "distillation" and "residual" not in values.get("move_spaces", KINDS)
 
 
-def family_defaults(model: nn.Module) -> dict[str, Any]:
-    """What differs from the defaults of `TSCConfig` for networks with BatchNorm layers, or for those without."""
-    return BATCH_NORM_DEFAULTS if batch_norm_buffers(model) else TRANSFORMER_DEFAULTS
+def family_defaults(model: nn.Module, *, following: bool = True) -> dict[str, Any]:
+    """What differs from the defaults of `TSCConfig` for networks with BatchNorm layers, or for those without.
+
+    Args:
+        model: of the family.
+        following: its hidden states are followed.
+    """
+    if batch_norm_buffers(model):
+        return {**BATCH_NORM_DEFAULTS, **(BATCH_NORM_FOLLOWING if following else {})}
+    return {**TRANSFORMER_DEFAULTS, **(TRANSFORMER_FOLLOWING if following else {})}
 
 
 def reported_arguments(config: TSCConfig) -> dict[str, Any]:

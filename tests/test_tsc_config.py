@@ -8,7 +8,7 @@ import tiny
 from transformers import HfArgumentParser
 
 from hf_tsc.errors import UsageError
-from hf_tsc.tsc_config import BATCH_NORM_DEFAULTS, PRESETS, SCHEDULES, TRANSFORMER_DEFAULTS, TSCConfig
+from hf_tsc.tsc_config import PRESETS, SCHEDULES, TSCConfig, family_defaults
 
 
 def config(tmp_path, **changes) -> TSCConfig:
@@ -30,7 +30,9 @@ class TestPresets:
         assert made.matching == "l2"
         assert (made.objective, made.mixup_alpha, made.augmentation) == ("cross_entropy", 0, "crop_flip")
 
-    @pytest.mark.parametrize("preset", [*PRESETS.values(), BATCH_NORM_DEFAULTS, TRANSFORMER_DEFAULTS])
+    @pytest.mark.parametrize(
+        "preset", [*PRESETS.values(), *(family_defaults(tiny.model(f)) for f in ("resnet", "vit"))]
+    )
     def test_every_key_is_a_field(self, preset, tmp_path):
         assert preset.keys() <= {field.name for field in fields(TSCConfig)}
         made = config(tmp_path, **preset)
@@ -47,21 +49,28 @@ class TestPresets:
         with pytest.raises(UsageError, match="preset='papre': expected one of default, paper"):
             TSCConfig.preset("papre")
 
-    @pytest.mark.parametrize(("family", "defaults"), [("resnet", BATCH_NORM_DEFAULTS), ("vit", TRANSFORMER_DEFAULTS)])
-    def test_for_model(self, family, defaults, tmp_path):
+    @pytest.mark.parametrize("family", ["resnet", "vit"])
+    def test_for_model(self, family, tmp_path):
         made = TSCConfig.for_model(
             tiny.model(family), output_dir=str(tmp_path), report_to="none", use_cpu=True, rounds=7
         )
         assert made.rounds == 7
+        defaults = family_defaults(tiny.model(family))
         assert all(getattr(made, name) == value for name, value in defaults.items())
 
+    @pytest.mark.parametrize("family", ["resnet", "vit"])
     @pytest.mark.parametrize(
         "changes", [{"objective": "cross_entropy"}, {"move_spaces": ["residual"]}, {"feature_weight": 0.0}]
     )
-    def test_hidden_states_are_followed_only_where_there_are_some(self, changes, tmp_path):
+    def test_hidden_states_are_followed_only_where_there_are_some(self, family, changes, tmp_path):
+        """And where they are not, a transformer takes what suits the answers alone."""
         fixed = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
-        assert TSCConfig.for_model(tiny.model("resnet"), **fixed).feature_weight > 0
-        assert TSCConfig.for_model(tiny.model("resnet"), **fixed, **changes).feature_weight == 0
+        model = tiny.model(family)
+        assert TSCConfig.for_model(model, **fixed).feature_weight > 0
+        made = TSCConfig.for_model(model, **fixed, **changes)
+        assert made.feature_weight == 0
+        plain = {**family_defaults(model, following=False), **changes}
+        assert all(getattr(made, name) == value for name, value in plain.items())
 
 
 class TestChecks:
