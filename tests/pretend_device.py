@@ -2,8 +2,8 @@
 
     python tests/pretend_device.py '[["purify", ...], ["benchmark", ...]]'
 
-runs commands of hf-tsc on it, in one process, and writes what each returned as the last line. `set_up` changes what torch
-takes for the accelerator, for the rest of the process, so this is run as a program of its own.
+runs commands of hf-tsc on it, in one process, and writes what each returned as the last line. `set_up` changes what
+torch takes for the accelerator, for the rest of the process, so this is run as a program of its own.
 """
 
 from __future__ import annotations
