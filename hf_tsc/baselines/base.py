@@ -97,7 +97,7 @@ class Case:
         def forward(**inputs: Tensor) -> Any:
             return call_at(self.suspect, params, inputs)
 
-        return objective.evaluate(forward, self._batches(self.held_out))["score"]
+        return objective.evaluate(forward, self.held_out_batches())["score"]
 
     def farthest_within(
         self, objective: Objective, point: Point, positions: Iterable[float], max_drop: float, *, until: bool = False
@@ -130,6 +130,10 @@ class Case:
                 "give more clean images or another learning rate"
             )
         return found
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """All held-out images, in fixed order."""
+        return self._batches(self.held_out)
 
     def _batches(self, dataset: Any) -> Iterator[Batch]:
         # a generator of its own: the global random state is the training's

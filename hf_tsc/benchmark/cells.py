@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 
-from hf_tsc.activations import Batch
 from hf_tsc.baselines.base import Case, Point, working_device
 from hf_tsc.baselines.registry import BASELINES, loss_config, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
@@ -26,7 +24,7 @@ from hf_tsc.errors import AccuracyBudgetError, PurificationError
 from hf_tsc.evaluation import Evaluator, Predict, Reader, read_logits
 from hf_tsc.functional import call_at, model_at
 from hf_tsc.hub import load_tokenizer
-from hf_tsc.images import ImagePipeline, collate, pixel_dataset
+from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.objectives import Forward, ImageClassification
 from hf_tsc.permutation import Params
 from hf_tsc.reactivation import Reactivation, reactivate
@@ -116,7 +114,7 @@ class _Bench:
         self.on_held_out: Callable[[Forward], Measures]
         if classifier:
             objective = ImageClassification(self.pipeline)
-            self.on_held_out = lambda forward: objective.evaluate(forward, self._batches(held_out))
+            self.on_held_out = lambda forward: objective.evaluate(forward, self.case.held_out_batches())
         else:
             reading = {"num_classes": _classes(images), "reader": options["reader"]}
             measured = Evaluator(images.train, self.pipeline, indices=rows.held_out, **reading)
@@ -192,10 +190,6 @@ class _Bench:
 
     def _held_out(self, forward: Forward) -> Measures:
         return _rounded(self.on_held_out(forward))
-
-    def _batches(self, dataset: Any) -> Iterator[Batch]:
-        loader: Any = DataLoader(dataset, batch_size=128, collate_fn=collate, generator=torch.Generator())
-        return ({name: tensor.to(self.device) for name, tensor in batch.items()} for batch in loader)
 
 
 def _points(places: Places, taken: float) -> set[float]:
