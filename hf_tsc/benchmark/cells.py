@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, set_seed
 from hf_tsc.baselines.base import Case, Point, working_device
 from hf_tsc.baselines.registry import BASELINES, loss_config, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
-from hf_tsc.benchmark.methods import METHODS
+from hf_tsc.benchmark.methods import METHODS, tsc_config
 from hf_tsc.benchmark.plan import TAKEN, Cell, Places
 from hf_tsc.benchmark.suspects import TASKS, attack_of, load
 from hf_tsc.captions import TEMPLATES
@@ -34,7 +34,7 @@ from hf_tsc.retuning import Retuning, retune
 from hf_tsc.suspects.dual_encoder import CAPTIONS
 from hf_tsc.tasks import Classification, Options, Work
 from hf_tsc.tasks.image_text import zero_shot_reader
-from hf_tsc.tsc_config import PRESETS, TSCConfig
+from hf_tsc.tsc_config import TSCConfig
 
 Measures = dict[str, Any]
 
@@ -206,21 +206,7 @@ def _loss_config(cell: Cell, suspect: PreTrainedModel, *, use_cpu: bool) -> TSCC
     options: dict[str, Any] = {"objectives": objectives, "seed": cell.seed, "use_cpu": use_cpu}
     if cell.method in BASELINES:
         return loss_config(settings_of(cell.method, cell.settings, objectives), suspect, **options)
-    known = {
-        "objective",
-        "augmentation",
-        "temperature",
-        "teacher_view",
-        "teacher_errors",
-        "feature_weight",
-        "feature_states",
-        "move_spaces",
-        "mixup_alpha",
-        "per_device_train_batch_size",
-    }
-    settings = {**PRESETS[cell.settings.get("preset", "default")], **cell.settings}
-    given = {name: value for name, value in settings.items() if name in known}
-    return TSCConfig.for_model(suspect, output_dir="unused", **options, **given)
+    return tsc_config(suspect, cell.settings, output_dir="unused", **options)
 
 
 def _reader(cell: Cell, images: BenchmarkImages, work: Work) -> Reader:

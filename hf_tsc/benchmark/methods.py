@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_tsc.baselines.base import Case, Visit
 from hf_tsc.baselines.registry import BASELINES, Outcome, run_baseline, settings_of
@@ -51,17 +52,13 @@ def _run_baseline(name: str, case: Case, settings: dict[str, Any], visit: Visit)
 def run_tsc(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
     """Purify, and visit every curve."""
     check_settings("tsc", settings)
-    options = dict(settings)
-    preset, permutation = options.pop("preset", "default"), options.pop("permutation", PERMUTATIONS[0])
+    permutation = settings.get("permutation", PERMUTATIONS[0])
+    if "max_accuracy_drop" not in settings:
+        settings = {"sweep_points": 3, **settings}  # the trainer's own sweep is not needed
     with tempfile.TemporaryDirectory() as folder:
-        if "max_accuracy_drop" not in options:
-            options.setdefault("sweep_points", 3)  # the trainer's own sweep is not needed
         quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "report_to": "none"}
-        options |= {**quiet, "output_dir": folder, "seed": case.seed, "use_cpu": case.use_cpu}
-        if preset == "default":
-            config = TSCConfig.for_model(case.suspect, objectives=case.objectives, **options)
-        else:
-            config = TSCConfig.preset(preset, **options)
+        own = {**quiet, "output_dir": folder, "seed": case.seed, "use_cpu": case.use_cpu}
+        config = tsc_config(case.suspect, settings, objectives=case.objectives, **own)
         trainer = _VisitingTrainer(
             case.suspect,
             config,
@@ -74,6 +71,17 @@ def run_tsc(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
         )
         trainer.train()
         return Outcome(trainer.state.max_steps, {**reported_arguments(config), "permutation": permutation})
+
+
+def tsc_config(
+    suspect: PreTrainedModel, settings: dict[str, Any], *, objectives: Sequence[str], **options: Any
+) -> TSCConfig:
+    """What the settings of a cell ask for; those that are not given, a preset gives or the suspect's kind."""
+    given = {name: value for name, value in settings.items() if name not in ("preset", "permutation")} | options
+    preset = settings.get("preset", "default")
+    if preset == "default":
+        return TSCConfig.for_model(suspect, objectives=objectives, **given)
+    return TSCConfig.preset(preset, **given)
 
 
 METHODS: dict[str, Callable[[Case, dict[str, Any], Visit], Outcome]] = {
