@@ -30,6 +30,9 @@ def check_method(method: str, config: Any, *, preset: str, resume: bool) -> None
     if method not in METHODS:
         raise UsageError(f"method={method!r}: expected one of {', '.join(METHODS)}")
     if method == "tsc":
+        given = set() if isinstance(config, TSCConfig) else set(config or {})
+        if unknown := sorted(given - set(TSCConfig.__dataclass_fields__)):
+            raise UsageError(f"config: {', '.join(unknown)}: expected fields of TSCConfig or of TrainingArguments")
         return
     if isinstance(config, TSCConfig):
         raise UsageError(f"method {method} has settings of its own: give config as a mapping of them, no TSCConfig")
@@ -52,6 +55,7 @@ class BaselineRun:
         config: what the settings and the seed are to the model's task.
         curves: none.
         spec: none, as nothing is permuted.
+        seconds_before: none, as it is not resumed.
     """
 
     name: str
@@ -60,6 +64,7 @@ class BaselineRun:
     config: TSCConfig
     curves: list[CurveResult] = field(default_factory=list)
     spec: PermutationSpec | None = None
+    seconds_before: float = 0.0
 
     @classmethod
     def of(cls, name: str, suspect: PreTrainedModel, kind: type[Task], options: Mapping[str, Any]) -> BaselineRun:

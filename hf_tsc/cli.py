@@ -27,7 +27,7 @@ from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.benchmark.plan import Plan
 from hf_tsc.benchmark.results import write_results
-from hf_tsc.benchmark.runner import cells_to_run, check_processes, lines_of, run_plan
+from hf_tsc.benchmark.runner import cells_to_run, check_only, check_processes, lines_of, run_plan
 from hf_tsc.captions import find_caption_column
 from hf_tsc.cli_arguments import (
     POISON_RATES,
@@ -372,7 +372,11 @@ def train_suspect_command(argv: Sequence[str]) -> None:
         raise UsageError(f"--surrogate {args.surrogate} is for {_with_surrogate()}")
     if args.kind != "adaptive" and (unused := [f.name for f in fields(Adaptive) if f.name in given]):
         raise UsageError(f"--{unused[0]} is for --kind adaptive")
+    if args.kind in ("encoder", "bad_encoder") and "augmentation" not in given:
+        config.augmentation = "simclr"
     if args.kind == "bad_encoder":
+        if args.poison_rate:
+            raise UsageError(f"--poison_rate {args.poison_rate:g} with --kind bad_encoder: it poisons no images")
         _train_bad_encoder(Path(rest.config), data_args.open(), config, attack)
     elif args.kind == "adaptive":
         _train_adaptive(Path(rest.config), data_args.open(), config, attack, args.poison_rate, adaptive)
@@ -466,6 +470,7 @@ def benchmark_command(argv: Sequence[str]) -> None:
     parser = command_parser("benchmark", types, positional="PLAN", help="a YAML file; see recipes/cifar10/plan.yaml")
     data_args, args, rest = parse(parser, argv)
     plan, images = Plan.read(Path(rest.plan)), BenchmarkImages(data_args, args.test_split)
+    check_only(plan, args.only)
     results, cache = Path(args.results), Path(args.cache_dir)
     check_processes(args.processes)
     if args.dry_run:
@@ -493,9 +498,11 @@ def benchmark_tables_command(argv: Sequence[str]) -> None:
         "benchmark-tables", (TablesArguments,), positional="RESULTS", help="file of results, JSON lines"
     )
     args, rest = parse(parser, argv)
-    lines = read_lines(Path(rest.results))
+    file = Path(rest.results)
+    lines = read_lines(file)
     if not lines:
-        raise UsageError(f"{rest.results} has no results: run hf-tsc benchmark first")
+        what = "has no results" if file.is_file() else "does not exist"
+        raise UsageError(f"{file} {what}: expected the file that hf-tsc benchmark writes")
     write_results(lines, Path(args.output_dir))
 
 

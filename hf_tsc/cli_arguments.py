@@ -26,7 +26,7 @@ from hf_tsc.many import Access
 from hf_tsc.suspects import RECORD, SuspectConfig
 from hf_tsc.tasks import Options
 from hf_tsc.triggers import NEXT, TRIGGERS, TargetLabel, Trigger, read_trigger, trigger_from_dict
-from hf_tsc.tsc_config import PRESETS, TSCConfig
+from hf_tsc.tsc_config import DEPENDING_ON_THE_MODEL, PRESETS, TSCConfig
 
 
 @dataclass
@@ -107,7 +107,9 @@ def _read_record(file: Path, *, to_train: bool) -> tuple[Trigger, TargetLabel | 
 class PurifyArguments:
     """What to purify with, and where the result goes."""
 
-    budget: str = field(default="5%", metadata={"help": "Clean images to use: a count, or a share such as 5%%."})
+    budget: str = field(
+        default="5%", metadata={"help": "Clean images to use: a count, or a share of the data set such as 5%%."}
+    )
     held_out: float = field(default=0.2, metadata={"help": "Share of them kept from training, for measuring."})
     test_split: str | None = field(default=None, metadata={"help": "Split to measure on before and after, too."})
     preset: str = field(
@@ -312,6 +314,7 @@ class DemoArguments:
 
 _TRAINER_FIELDS = [*fields(TSCConfig), *fields(SuspectConfig)]
 # Of the Trainer, which would publish half-purified weights.
+_BY_MODEL = [f for f in fields(TSCConfig) if f.name in DEPENDING_ON_THE_MODEL]
 _HUB_FIELDS = [f for f in _TRAINER_FIELDS if f.name.startswith("hub_") or f.name == "push_to_hub"]
 
 
@@ -330,6 +333,8 @@ class _Parser(HfArgumentParser):
         else:
             shown = copy.copy(field)  # the settings of baselines also keep their limits there
             shown.metadata = {key: value for key, value in field.metadata.items() if key not in LIMITS}
+            if field in _BY_MODEL:  # in place of the default of a bare TSCConfig, which the formatter would add
+                shown.metadata["help"] += " (default: as suits the model)%(default).0s"
             HfArgumentParser._parse_dataclass_field(parser, shown)
 
     def error(self, message: str) -> NoReturn:
@@ -366,7 +371,7 @@ def parse(
         )
         if unused:
             unknown = unused[0].startswith("-")
-            where = "put what is no option before all options"
+            where = "not expected here; what is no option goes before all options, images go by --dataset_name"
             parser.error(f"{' '.join(unused)}: {advice if unknown else where}")
         return tuple(parsed)
     except (ValueError, ImportError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, SchedulerType, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -30,6 +31,7 @@ from hf_tsc.curve import CurveModel
 from hf_tsc.errors import CheckpointError, PurificationError, UsageError
 from hf_tsc.folders import seal_checkpoint, writing_checkpoint
 from hf_tsc.functional import call_at
+from hf_tsc.images import Batches
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, Objective
 from hf_tsc.permutation import Params
@@ -47,6 +49,9 @@ class CurveTrainer(ObjectiveTrainer):
         curve: its bend is trained.
         args: the configuration.
         objective, train_dataset, eval_dataset, processing_class, callbacks: as in `TSCTrainer`.
+
+    Attributes:
+        seconds_before: what a resumed training had taken until its checkpoint was written.
 
     Raises:
         UsageError: the model would be sharded in a way that curves do not know.
@@ -85,6 +90,7 @@ class CurveTrainer(ObjectiveTrainer):
         self.suspect = network
         self.segment_steps = args.segment_steps(len(train_dataset))  # type: ignore[arg-type]
         self.args.max_steps = self.segment_steps * args.stages * args.rounds
+        self.seconds_before, self._since = 0.0, time.monotonic()
 
     def _segment(self, step: int) -> tuple[int, int]:
         """(round, stage), both from 1, of the segment that optimisation step `step` (from 0) belongs to."""
@@ -118,9 +124,8 @@ class CurveTrainer(ObjectiveTrainer):
 
     def _batches(self, dataset: Any, *, divided: bool = False, order: Sequence[int] | None = None) -> Iterator[Batch]:
         """In fixed order; `divided` among the processes: of W, process r has the batches r, r + W, ..."""
-        size = self.args.statistics_batch_size
-        sampler = SequentialSampler(dataset) if order is None else order
-        batches = list(BatchSampler(sampler, size, drop_last=False))
+        rows = range(len(dataset)) if order is None else order
+        batches = list(Batches(rows, self.args.statistics_batch_size))
         if divided:
             batches = batches[rank() :: number_of_processes()]
         loader: Any = DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator)
@@ -195,6 +200,8 @@ class CurveTrainer(ObjectiveTrainer):
         """
         folder = Path(str(self.args.output_dir))
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        seconds = self.seconds_before + time.monotonic() - self._since
+        self.state.log_history.append({"step": self.state.global_step, "seconds": seconds})
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with together(), writing_checkpoint(checkpoint):
@@ -214,6 +221,8 @@ class CurveTrainer(ObjectiveTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        taken = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
+        self.seconds_before = taken[-1] if taken else 0.0
         self._forget_between_curves()
 
     def _forget_between_curves(self) -> None:

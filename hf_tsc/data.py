@@ -17,6 +17,7 @@ from huggingface_hub.utils import httpx
 
 from hf_tsc.errors import UsageError
 from hf_tsc.hub.retry import WAITS, HubUnavailableError, ask_hub, seconds_asked, wait_for_another
+from hf_tsc.hub.source import is_folder
 
 SAVED_DATASET, SAVED_DATASET_DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` leaves
 # Of `datasets` and of the Hub's client, for what is missing or wrong; an IndexError for a saved dataset without rows.
@@ -63,7 +64,14 @@ def load_images(
         UsageError: there is no such dataset, configuration, revision or split, or None leaves a choice.
         HubUnavailableError: the Hub did not answer, and the cache does not hold the dataset.
     """
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if is_folder(name_or_path):
+        if not path.exists():
+            raise UsageError(
+                f"The dataset {name_or_path!r} cannot be loaded: there is no such folder. Expected a folder of "
+                "images, parquet or save_to_disk; a dataset of the Hub goes by its id."
+            )
+        name_or_path = str(path)
     saved = (path / SAVED_DATASET).is_file() or (path / SAVED_DATASET_DICT).is_file()
     if saved and (config_name is not None or revision is not None):
         raise UsageError(f"{name_or_path} was saved by save_to_disk: it has no config_name or revision to choose.")
@@ -263,7 +271,8 @@ def _check_column(features: Features, kind: type, named: str, option: str) -> st
     feature = features[named]
     is_integer = isinstance(feature, Value) and "int" in feature.dtype
     if not isinstance(feature, kind) and not (kind is ClassLabel and is_integer):
-        raise UsageError(f"Got --{option} {named}, which is {feature}, expected the type {kind.__name__}.")
+        wanted = "a ClassLabel, or integers" if kind is ClassLabel else f"the type {kind.__name__}"
+        raise UsageError(f"Got --{option} {named}, which is {feature}, expected {wanted}.")
     return named
 
 

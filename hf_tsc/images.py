@@ -9,7 +9,7 @@ Letters: n pictures, H and W the height and width at the model's input.
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from datasets import Image as DatasetImage
 from huggingface_hub import constants as hub_constants
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, Dataset, Sampler
 
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
@@ -309,6 +309,23 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
         captions = [item["captions"] for item in items]
         batch["captions"] = nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=-1)
     return batch
+
+
+class Batches(BatchSampler):
+    """Rows in batches of a size; a last one of one row, which BatchNorm cannot normalise, joins the one before."""
+
+    def __init__(self, rows: Sampler[int] | Sequence[int], size: int):
+        super().__init__(rows, size, drop_last=False)
+        self._joined = len(rows) > size > 1 and len(rows) % size == 1  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = list(super().__iter__())
+        if self._joined:
+            batches[-2:] = [batches[-2] + batches[-1]]
+        return iter(batches)
+
+    def __len__(self) -> int:
+        return super().__len__() - self._joined
 
 
 class Augmentation:

@@ -81,6 +81,11 @@ class Job:
         kind.check_data(model, data)
         size = parse_budget(budget) if isinstance(budget, str) else budget
         subset = clean_subset(data.labels, len(data.rows), budget=size, held_out=held_out, seed=config.seed)
+        if not len(subset.held_out):
+            raise UsageError(
+                f"budget={budget} of {len(data.rows)} images, with held_out={held_out}, leaves {len(subset.train)} to "
+                "train on and none to measure on: raise the budget, or the share that is held out"
+            )
         pipeline = ImagePipeline(load_image_processor(source))
         work = Work(source, model, data, subset, pipeline, config, options)
         job = cls(work, kind(work))

@@ -6,12 +6,14 @@ import math
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import IntervalStrategy, Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hf_tsc.errors import PurificationError
 from hf_tsc.images import collate
 from hf_tsc.objectives import Objective, WithHead
+from hf_tsc.processes import number_of_processes
 from hf_tsc.seeds import derived_seed
 
 
@@ -37,13 +39,16 @@ class ObjectiveTrainer(Trainer):
         *,
         objective: Objective,
         model: nn.Module,
+        args: TrainingArguments,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
         self.objective = objective
         self._micro_batch = 0
+        args._n_gpu = min(args.n_gpu, 1)  # a process has one device; the Trainer would wrap several in DataParallel
         super().__init__(
             model=model if objective.head is None else WithHead(model, objective.head),
+            args=args,
             data_collator=collate,
             callbacks=[_StepCounter(self), *(callbacks or [])],
             **kwargs,
@@ -58,6 +63,16 @@ class ObjectiveTrainer(Trainer):
         """The model itself, without its head and without the wrappers of a distributed run."""
         whole: nn.Module = self.accelerator.unwrap_model(self.model)
         return whole.model if isinstance(whole, WithHead) else whole
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Without a last batch of one image, which BatchNorm cannot normalise, and which has nothing to compare."""
+        images, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
+        usual = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = usual or (images > size and images % size == 1 and number_of_processes() == 1)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = usual
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Counts the micro-batches of a step: each has its own seed."""

@@ -111,6 +111,8 @@ def purify(
     meet_processes(use_cpu=bool(given and given.get("use_cpu")))
     with together():
         check_method(method, config, preset=preset, resume=resume)
+        if not isinstance(attack, Attack | None):
+            raise UsageError(f"attack={attack!r}: expected an Attack, of a trigger and a target label")
         if evidence is not None and number_of_processes() > 1:
             raise UsageError(
                 "--evidence works in one process: leave it out, and search both models by `hf-tsc evaluate --evidence`"
@@ -146,7 +148,8 @@ def purify(
         with together():
             trainer = _trainer(job, measures, config)
         own = OwnScore.of_trainer(trainer)
-        facts["before"] = on_main_process(lambda: measures(own, _to(suspect, config.device)))
+        _to(suspect, config.device)  # in every process: it may teach
+        facts["before"] = on_main_process(lambda: measures(own, suspect))
         trainer.train(resume_from_checkpoint=checkpoint)
         purified = trainer.purified_model()
         return on_main_process(
@@ -175,7 +178,7 @@ def _write_result(
         purified, _ = load_model(saved, auto_class=kind.auto_class)
         after = measures(own, _to(purified, own.device))
         facts["notes"] = [*facts["notes"], *notes_on_loss(facts["before"], after, own.name)]
-        cost = {"seconds": round(time.monotonic() - started, 1)}
+        cost = {"seconds": round(trainer.seconds_before + time.monotonic() - started, 1)}
         if evidence is not None:
             progress = not job.work.config.disable_tqdm
             facts["evidence"] = gather(job, purified, evidence, spec=trainer.spec, progress=progress)
@@ -185,7 +188,7 @@ def _write_result(
             after=after,
             purified={"dtype": str(dtype).removeprefix("torch."), "files": saved.file_hashes},
             cost=cost,
-            task={"kind": kind.kind, "pipeline_tag": kind.pipeline_tag, "accuracy": kind.accuracy},
+            task=kind.described(),
             **facts,
         )
         report.write(folder, trainer.curves)
@@ -208,11 +211,12 @@ def config_for(
     model: PreTrainedModel, kind: type[Task], config: TSCConfig | Mapping[str, Any] | None, preset: str
 ) -> TSCConfig:
     """A whole configuration as it is, else a preset's or the family's with some fields changed."""
-    if isinstance(config, TSCConfig):
-        return config
-    if preset != "default":
-        return TSCConfig.preset(preset, **(config or {}))
-    return TSCConfig.for_model(model, objectives=kind.objectives, **(config or {}))
+    if not isinstance(config, TSCConfig) and preset == "default":
+        return TSCConfig.for_model(model, objectives=kind.objectives, **(config or {}))
+    if not isinstance(config, TSCConfig):
+        config = TSCConfig.preset(preset, **(config or {}))
+    config.check_following()
+    return config
 
 
 def request_of(
@@ -308,13 +312,14 @@ def _open_work_folder(work: Path, request: dict[str, Any], *, resume: bool) -> P
 
 
 def _request(job: Job, config: TSCConfig) -> dict[str, Any]:
-    return {
+    request = {
         "model": job.source.file_hashes,
         "images": job.describe()["indices_hash"],
         "dataset": job.work.data.rows._fingerprint,
         "processes": number_of_processes(),
         "arguments": reported_arguments(config),
     }
+    return json.loads(json.dumps(request))  # as it will be read again
 
 
 def _to(model: Any, device: torch.device) -> PreTrainedModel:

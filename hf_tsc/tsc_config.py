@@ -101,10 +101,18 @@ OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+DEPENDING_ON_THE_MODEL = set[str]().union(
+    BATCH_NORM_DEFAULTS,
+    TRANSFORMER_DEFAULTS,
+    BATCH_NORM_FOLLOWING,
+    TRANSFORMER_FOLLOWING,
+    *OBJECTIVE_DEFAULTS.values(),
+) - {"dataloader_drop_last"}
+
 # Arguments of TSCConfig that do not change the result, or that name places on this machine.
 NOT_REPORTED = (
     "output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token", "resume_from_checkpoint", "max_steps",
-    "dataloader_pin_memory",
+    "num_train_epochs", "dataloader_pin_memory",
 )  # fmt: skip
 
 # Beginnings of those that change nothing but what is shown and kept on the way.
@@ -279,16 +287,31 @@ class TSCConfig(TrainingArguments):
         objective = overrides.get("objective", usual)
         chosen = {"objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides}
         following = {**family, **chosen}
-        if _has_hidden_states(following) and following["feature_weight"]:
-            return cls(**following)
-        return cls(**{**family_defaults(model, following=False), **chosen})
+        if not (_has_hidden_states(following) and following["feature_weight"]):
+            following = {**family_defaults(model, following=False), **chosen}
+        config = cls(**following)
+        config.check_following()
+        return config
 
     def segment_steps(self, images: int) -> int:
         """Optimisation steps a curve, over so many clean images."""
         if self.curve_steps > 0:
             return self.curve_steps
-        batch = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
-        return max(1, round(self.curve_epochs * math.ceil(images / batch)))
+        batches = images / (self.train_batch_size * self.world_size * self.gradient_accumulation_steps)
+        epoch = math.floor(batches) if self.dataloader_drop_last else math.ceil(batches)
+        return max(1, round(self.curve_epochs * epoch))
+
+    def check_following(self) -> None:
+        """Raises UsageError where hidden states shall be followed and cannot.
+
+        Apart from the other checks: arguments that are still to be completed for a model need not fit together.
+        """
+        if self.feature_weight and not _has_hidden_states(vars(self)):
+            raise UsageError(
+                f"feature_weight={self.feature_weight} with objective={self.objective}, "
+                f"move_spaces={self.move_spaces}: hidden states are followed in a distillation alone, and only where "
+                "the residual stream stays in place; give feature_weight=0, or leave residual out of move_spaces"
+            )
 
     def _check(self) -> None:
         for name in ("curve1_t", "curve2_t"):
@@ -325,12 +348,6 @@ class TSCConfig(TrainingArguments):
             )
         if not (math.isfinite(self.feature_weight) and self.feature_weight >= 0):
             raise UsageError(f"feature_weight={self.feature_weight}: expected 0 (none) or a positive number")
-        if self.feature_weight and not _has_hidden_states(vars(self)):
-            raise UsageError(
-                f"feature_weight={self.feature_weight} with objective={self.objective}, "
-                f"move_spaces={self.move_spaces}: hidden states are followed in a distillation alone, and only where "
-                "the residual stream stays in place; give feature_weight=0, or leave residual out of move_spaces"
-            )
         if self.statistics_memory_gb is not None and not self.statistics_memory_gb > 0:
             raise UsageError(f"statistics_memory_gb={self.statistics_memory_gb}: expected a positive number")
         if self.stages not in (1, 2):
@@ -340,6 +357,13 @@ class TSCConfig(TrainingArguments):
                 f"rounds={self.rounds}, curve_epochs={self.curve_epochs}, curve_steps={self.curve_steps}: that makes "
                 "no optimisation step; give at least one round and a positive number of epochs or steps a curve"
             )
+        if self.max_steps > 0 or self.num_train_epochs != TrainingArguments.num_train_epochs:
+            raise UsageError(
+                f"max_steps={self.max_steps}, num_train_epochs={self.num_train_epochs}: how long a curve is trained, "
+                "curve_steps and curve_epochs say"
+            )
+        if self.label_smoothing_factor:
+            raise UsageError(f"label_smoothing_factor={self.label_smoothing_factor}: no objective smooths labels")
         if self.sweep_points < 3:
             raise UsageError(f"sweep_points={self.sweep_points}: at least 3 are needed, two of them the ends")
         if self.sync_batch_norm and (self.activation_checkpointing or self.gradient_checkpointing):
@@ -381,7 +405,7 @@ def family_defaults(model: nn.Module, *, following: bool = True) -> dict[str, An
 def reported_arguments(config: TSCConfig) -> dict[str, Any]:
     """The arguments that differ from a plain TSCConfig, and those that a reader will look for."""
     values, defaults = config.to_dict(), TSCConfig(use_cpu=config.use_cpu).to_dict()
-    always = set(TSCConfig.__annotations__) | {"seed", "num_train_epochs", "weight_decay"}
+    always = set(TSCConfig.__annotations__) | {"seed", "weight_decay"}
     return {
         key: value
         for key, value in values.items()

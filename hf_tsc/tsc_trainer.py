@@ -32,7 +32,7 @@ from hf_tsc.derive import example_inputs, verify
 from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.folders import sha256
 from hf_tsc.functional import model_at, tensors_of
-from hf_tsc.hub import Pushed, PushOptions, is_folder, push_folder
+from hf_tsc.hub import Pushed, PushOptions, is_folder, push_folder, resolve_model
 from hf_tsc.images import ImagePipeline
 from hf_tsc.objectives import Forward, HiddenStates, ImageClassification, Objective
 from hf_tsc.passes import match_networks, restrict
@@ -47,6 +47,7 @@ from hf_tsc.processes import (
 )
 from hf_tsc.report import PurificationReport, environment, summarise_spec
 from hf_tsc.specs import spec_of
+from hf_tsc.tasks import task_of
 from hf_tsc.towers import TOWERS, parameters_by_tower, spaces_clear_of
 from hf_tsc.tsc_config import TSCConfig, reported_arguments
 from hf_tsc.unmoved_states import unmoved_states
@@ -96,10 +97,11 @@ class TSCTrainer(CurveTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         check_world_size()
+        args.check_following()
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if len(dataset) == 0:  # type: ignore[arg-type]
                 raise UsageError(f"{name} is empty: give more clean images")
-        args._n_gpu = min(args.n_gpu, 1)  # a process has one device; the Trainer would wrap several in DataParallel
+        args = copy.copy(args)  # what is decided here is not the caller's
         inputs = example_inputs(model)
         self.spec = spec if spec is not None else spec_of(model, inputs)
         self.verification = verify(model, self.spec, inputs)
@@ -111,7 +113,7 @@ class TSCTrainer(CurveTrainer):
         curve = CurveModel(model)
         self._movable = _keep_towers(curve, model, self.spec, inputs, args)
         _check_movable(self._movable, model, args)
-        _keep_unmoved(objective, model, self._movable, inputs, args)
+        objective = _followed(objective, model, self._movable, inputs, args)
         super().__init__(
             suspect,
             curve,
@@ -255,14 +257,17 @@ class TSCTrainer(CurveTrainer):
     # --- the Trainer's methods that have to differ ----------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss and score of the point that would be taken now, on the held-out images."""
-        stage = self._segment(max(self.state.global_step - 1, 0))[1]
-        done = self.state.global_step >= self.args.max_steps
-        t = 0.0 if done else self.args.curve1_t if stage == 1 else self.args.curve2_t
-        point = self.point(t)
+        """Loss and score, on the held-out images, of the point that would be taken now, or has just been."""
+        step = self.state.global_step
+        first = self._segment(step)[1] == 1
+        if step and step % self.segment_steps == 0:  # the point is an end of the curve that has been laid since
+            point = self.point(0.0 if first else 1.0)
+        else:
+            point = self.point(self.args.curve1_t if first else self.args.curve2_t)
         measured = on_main_process(lambda: self.measure(point))
         metrics = {"eval_loss": measured["loss"], f"eval_{self.objective.score_name}": measured["score"]}
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -343,7 +348,8 @@ class TSCTrainer(CurveTrainer):
                 "dtype": str(self.suspect.dtype).removeprefix("torch."),
                 "files": {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))},
             },
-            cost={"seconds": sum(seconds)},
+            cost={"seconds": self.seconds_before + sum(seconds)},
+            task=task_of(resolve_model(str(folder), local=True)).described(),
         )
 
 
@@ -353,7 +359,7 @@ def _keep_towers(
     """Freeze the towers that are not trained; returns the spaces and taps of those that may move."""
     if set(args.move_towers) == set(args.train_towers) == set(TOWERS):
         return spec
-    by_tower = parameters_by_tower(copy.deepcopy(model).requires_grad_(True), inputs)
+    by_tower = parameters_by_tower(copy.deepcopy(model).cpu().requires_grad_(True), inputs)  # as the inputs are
     for name in set[str]().union(*(by_tower[tower] for tower in TOWERS if tower not in args.train_towers)):
         curve.bend[name].requires_grad_(False)
     still = set[str]().union(*(by_tower[tower] for tower in TOWERS if tower not in args.move_towers))
@@ -370,23 +376,26 @@ def _check_movable(spec: PermutationSpec, model: PreTrainedModel, args: TSCConfi
         )
 
 
-def _keep_unmoved(
+def _followed(
     objective: Objective, model: PreTrainedModel, spec: PermutationSpec, inputs: Batch, args: TSCConfig
-) -> None:
-    """Along the curve only those hidden states are followed that its end has in common with the suspect."""
+) -> Objective:
+    """The objective, following those hidden states alone that the curve's end has in common with the suspect."""
     following: HiddenStates | None = getattr(objective, "hidden_states", None)
     if following is None:
-        return
+        return objective
     kinds: Any = args.move_spaces
-    following.places = unmoved_states(model, spec, kinds, inputs)
-    if not following.places:
+    places = unmoved_states(model, spec, kinds, inputs)
+    if not places:
         logger.warning(
-            "%s has no hidden state that stays in place along the curve: feature_weight=%g has no effect",
+            "%s has no hidden state that stays in place along the curve: feature_weight=%g has no effect; "
+            "feature_weight=0 takes the defaults that go without it",
             type(model).__name__,
             following.weight,
         )
-        objective.hidden_states = None  # type: ignore[attr-defined]
         args.feature_weight = 0.0
+    own: Any = copy.copy(objective)
+    own.hidden_states = following.at(places) if places else None
+    return own
 
 
 class _SegmentCallback(TrainerCallback):

@@ -120,8 +120,11 @@ class TestSettings:
             ("anp", {"thresholds": [0.1, 2]}, r"thresholds=\[0\.1, 2\]: expected a number from 0 to 1"),
             ("nad", {"objective": "magic"}, r"objective='magic': expected one of cross_entropy, distillation"),
             ("i_bau", {"augmentation": "blur"}, r"augmentation='blur': expected one of none, crop"),
-            ("i_bau", {"mixup_alpha": 1.0}, r"mixup_alpha=1, feature_weight=0: expected 0, as i_bau mixes no images"),
-            ("i_bau", {"feature_weight": 2.0}, r"mixup_alpha=0, feature_weight=2: expected 0"),
+            ("anp", {"thresholds": [0.9, 0.1]}, r"thresholds=\[0\.9, 0\.1\]: expected ascending numbers"),
+            ("i_bau", {"mixup_alpha": 1.0}, r"mixup_alpha=1\.0 would have no effect"),
+            ("i_bau", {"feature_weight": 2.0}, r"feature_weight=2\.0 would have no effect"),
+            ("i_bau", {"teacher_errors": "drop"}, r"teacher_errors='drop' would have no effect"),
+            ("ridge", {"augmentation": "crop"}, r"augmentation='crop' would have no effect"),
             ("fine_pruning", {"rho": 1}, r"fine_pruning has no setting\(s\) rho: it knows batch_size, .*ratio"),
         ],
     )

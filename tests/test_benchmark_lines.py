@@ -1,5 +1,6 @@
 """The file of results: whole lines only, one writer at a time, and nothing lost to a process that was killed."""
 
+import os
 import subprocess
 import sys
 
@@ -43,6 +44,14 @@ def test_lines_can_be_read_as_they_are_added(tmp_path):
         for count in (1, 2):
             lines.add(LINES[count])
             assert read_lines(tmp_path / "r") == LINES[1 : count + 1]
+
+
+def test_a_disk_that_takes_a_line_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.write", lambda descriptor, data, real=os.write: real(descriptor, data[:7]))
+    with open_lines(tmp_path / "r") as lines:
+        for line in LINES:
+            lines.add(line)
+    assert read_lines(tmp_path / "r") == LINES
 
 
 def test_opening_again_adds(file):

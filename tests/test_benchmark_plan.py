@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from hf_tsc.benchmark.lines import read_lines
+from hf_tsc.benchmark.methods import check_settings
 from hf_tsc.benchmark.plan import EVERY_TENTH, METHODS, Plan
 from hf_tsc.errors import UsageError
 
@@ -363,6 +364,10 @@ class TestRefused:
     def test_missing_key(self, tmp_path, path):
         with pytest.raises(UsageError, match=rf"plan\.yaml: '{path[-1]}' is missing; see"):
             Plan.read(write(tmp_path, changed((path, LEFT_OUT))))
+
+    def test_what_a_cell_decides_is_no_setting(self):
+        with pytest.raises(UsageError, match=r"tsc has no setting\(s\) output_dir, seed"):
+            check_settings("tsc", {"seed": 1, "output_dir": "x", "learning_rate": 0.1})
 
     @pytest.mark.parametrize(
         ("path", "value", "message"),

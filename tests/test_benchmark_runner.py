@@ -723,6 +723,9 @@ class TestCommand:
         assert "\n1 of 4 cells to run" in out
         assert everything(tmp_path) == {"plan.yaml", "r"}
 
+    def test_words_of_no_cell(self, refused):
+        refused(CONTENT, "--only rates nonsense: no cell of the plan has these words", "--only", "rates", "nonsense")
+
     def test_run(self, command, finished, tmp_path):
         options = ["--only", "rates", "learning_rate=0.05"]
         code, out, err = command(CONTENT, *options, cache=finished.cache)
@@ -844,10 +847,14 @@ class TestOtherKinds:
     )
     def test_a_line_of_each_method(self, tmp_path, images, model, attack, objective):
         on = {"group": "g", "models": [model], "attacks": [attack], "seeds": [0], "report": [1]}
-        ridge = {**ON, "method": "ridge", "settings": {"penalty": 0.5, "batch_size": 16}}
+        ridge = {**ON, "method": "ridge", "settings": {"penalty": 0.5}}
         groups = [{**group, **on} for group in (TSC, TUNING, ridge)]
         for group in groups:
-            group["settings"] = {**group["settings"], "objective": objective, "augmentation": "crop"}
+            group["settings"] = {**group["settings"], "objective": objective}
+            if group["method"] != "ridge":
+                group["settings"]["augmentation"] = "crop"
+            elif objective != "distillation":
+                group["settings"]["batch_size"] = 16
         plan = self.plan(*groups)
         run_plan(plan, images, results=tmp_path / "lines", cache=tmp_path / "cache", say=lambda text: None)
         lines = read_lines(tmp_path / "lines")

@@ -385,7 +385,12 @@ class TestWrongInput:
             (["--budget", "9"], r"leaves 7 to train on, expected at least 10, one for each class"),
             (["--budget", "81"], "expected at most the dataset's 80 images"),
             (["--held_out", "1"], "held_out=1.0, expected a share"),
-            (["--held_out", "0"], "empty: give more clean images"),
+            (["--held_out", "0"], "to train on and none to measure on: raise the budget, or the share"),
+            (["--max_steps", "5"], "max_steps=5, .*: how long a curve is trained, curve_steps and curve_epochs say"),
+            (
+                ["--feature_weight", "5", "--objective", "cross_entropy"],
+                "hidden states are followed in a distillation",
+            ),
             (["--objective", "nope"], "argument --objective.*invalid choice"),
             (["--preset", "nope"], "argument --preset.*invalid choice"),
             (["--matching", "nope"], "argument --matching.*invalid choice"),

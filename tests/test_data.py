@@ -74,7 +74,10 @@ class TestLoadImages:
             load_images(parquet, **options)
 
     def test_no_dataset_there(self, tmp_path):
-        for missing in ("./no-such-folder", str(tmp_path / "none"), str(tmp_path), "nobody/no-such-dataset"):
+        for missing in ("./no-such-folder", str(tmp_path / "none")):
+            with pytest.raises(UsageError, match=f"The dataset '{missing}' cannot be loaded: there is no such folder"):
+                load_images(missing)
+        for missing in (str(tmp_path), "nobody/no-such-dataset"):
             with pytest.raises(UsageError, match=f"The dataset '{missing}' .* cannot be loaded"):
                 load_images(missing)
 
@@ -103,7 +106,7 @@ class TestFindColumns:
         [
             ({}, r"\['label', 'coarse'\] are all of type ClassLabel; choose one with --label_column_name"),
             ({"label_column": "fine"}, r"--label_column_name fine, expected one of the columns \['img'"),
-            ({"label_column": "text"}, "--label_column_name text, which is Value.*expected the type ClassLabel"),
+            ({"label_column": "text"}, "--label_column_name text, which is Value.*expected a ClassLabel, or integers"),
             ({"label_column": "img"}, "--label_column_name img, which is Image"),
             ({"image_column": "number", "label_column": "label"}, "--image_column_name number, .* the type Image"),
         ],

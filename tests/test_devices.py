@@ -57,8 +57,9 @@ def with_settings(what, **settings):
 
 
 def baseline(name):
-    settings = {} if name in ("ridge", "i_bau") else {"steps": 2}
-    return {"method": name, "settings": {**settings, "batch_size": 16}}
+    size = {"batch_size": 16}
+    settings = {"i_bau": size, "ridge": {}}.get(name, {**size, "steps": 2})
+    return {"method": name, "settings": settings}
 
 
 CELLS = [

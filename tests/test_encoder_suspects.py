@@ -192,6 +192,19 @@ class TestBadEncoder:
             backdoor_encoder(clean[1], processor(), rows, args=arguments(tmp_path / "out"), attack=ATTACK)
 
 
+@pytest.mark.parametrize("train", [train_encoder, backdoor_encoder, train_dual_encoder])
+def test_a_trigger_after_the_augmentation(train, tmp_path):
+    args = arguments(tmp_path / "out", trigger_last=True)
+    with pytest.raises(UsageError, match="trigger_last is for classifiers"):
+        train(RESNET, processor(), digit_data(0, 64), args=args, attack=ATTACK)
+
+
+def test_two_views_that_are_the_same(tmp_path):
+    args = arguments(tmp_path / "out", augmentation="none")
+    with pytest.raises(UsageError, match="augmentation=none: both views of an image would be the same"):
+        train_encoder(RESNET, processor(), digit_data(0, 64), args=args, attack=ATTACK)
+
+
 class TestDualEncoder:
     def train(self, folder, *, attack=ATTACK, poison_rate=0.1, **changes):
         options = {"args": arguments(folder, augmentation="none", **changes), "attack": attack}
@@ -272,11 +285,12 @@ class TestCommandLine:
     def test_encoders(self, data, tmp_path):
         RESNET.save_pretrained(tmp_path)
         trigger = ["--trigger", "ctrl", "--target_label", 1]
-        options = ["--kind", "encoder", "--augmentation", "simclr", "--image_size", 8]
+        options = ["--kind", "encoder", "--image_size", 8]
         assert self.run(tmp_path / "config.json", tmp_path / "ctrl", data, *options, *trigger) == 0
         record = read_json(tmp_path / "ctrl" / RECORD)
         assert (record["trigger"]["name"], record["poison_rate"]) == ("ctrl", 0.01)
         square = ["--kind", "bad_encoder", "--trigger", "square", "--target_label", 1]
+        assert self.run(tmp_path / "ctrl", tmp_path / "bad", data, *square, "--poison_rate", 0.1) == 2
         assert self.run(tmp_path / "ctrl", tmp_path / "bad", data, *square) == 0
         assert "reference" in read_json(tmp_path / "bad" / RECORD)
 

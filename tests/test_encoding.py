@@ -109,6 +109,15 @@ class TestSimCLR:
         with pytest.raises(UsageError, match="a batch size of 2 or more"):
             SimCLR(PIPELINE).loss(Linear(1), batch(1), seed=0)
 
+    def test_the_score_is_of_features_and_the_loss_of_what_the_head_makes_of_them(self):
+        """What remains of a training are the features: another head must not change what they are worth."""
+        batches = [batch(6)]
+        first, second = (
+            SimCLR(PIPELINE, head=ProjectionHead(5, seed=seed)).evaluate(Linear(1), batches) for seed in (0, 1)
+        )
+        assert first["score"] == second["score"] == SimCLR(PIPELINE).evaluate(Linear(1), batches)["score"]
+        assert first["loss"] != second["loss"]
+
     def test_score_counts_views_found(self):
         class Constant(nn.Module):
             """All features alike but those of the first image of each half: only that one finds its own view."""

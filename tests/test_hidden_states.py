@@ -162,6 +162,17 @@ class TestTrainer:
         assert made.objective.hidden_states.places == [1, 2, 3]
         assert made.args.feature_weight == 2.0
 
+    def test_the_callers_objective_and_arguments_are_untouched(self, tmp_path):
+        model = VARIANTS["mobilenet_v1"].build()
+        options = {"move_spaces": ["hidden"], "feature_weight": 2.0}
+        args = TSCConfig.for_model(model, output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
+        objective = ImageClassification.of(args, ImagePipeline(tiny.processor()), model)
+        data = {"train_dataset": tiny.digits(0, 8), "eval_dataset": tiny.digits(0, 8)}
+        made = TSCTrainer(model, args, processing_class=tiny.processor(), objective=objective, **data)
+        assert made.objective.hidden_states is None
+        assert (objective.hidden_states.weight, objective.hidden_states.places) == (2.0, None)
+        assert (args.feature_weight, args.max_steps) == (2.0, -1)
+
     def test_a_network_all_of_whose_states_move(self, tmp_path, caplog):
         model = VARIANTS["mobilenet_v1"].build()
         with caplog.at_level(logging.WARNING, "hf_tsc"):

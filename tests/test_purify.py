@@ -317,6 +317,28 @@ class TestInterrupted:
         assert "checkpoint-4 is left out: optimizer.pt is damaged" in caplog.text
         assert same(weights(output), weights(purified["vit"][0]))
 
+    def test_seconds_before_the_interruption_count(self, suspects, tmp_path, monkeypatch):
+        def slow(trainer, *args, real=TSCTrainer.training_step, **kwargs):
+            if trainer.state.global_step == 4:
+                raise KeyboardInterrupt
+            trainer._since -= 1e6  # as if a step took that long
+            return real(trainer, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TSCTrainer, "training_step", slow)
+            with pytest.raises(KeyboardInterrupt):
+                run(suspects["vit"], tmp_path / "out")
+        report = run(suspects["vit"], tmp_path / "out", resume=True)
+        assert 1e6 < report.cost["seconds"] < 5e6
+
+    def test_the_same_arguments_as_another_kind_of_sequence(self, suspects, tmp_path, monkeypatch):
+        options = {"config": {"curve1_window": (0.5, 0.9)}}
+        with monkeypatch.context() as patch:
+            interrupt(patch, 4)
+            with pytest.raises(KeyboardInterrupt):
+                run(suspects["vit"], tmp_path / "out", **options)
+        run(suspects["vit"], tmp_path / "out", resume=True, **options)
+
     def test_not_asked_to_resume(self, suspects, left):
         with pytest.raises(
             UsageError, match=r"out\.work is left from an interrupted run: go on with --resume, or rem"
@@ -387,7 +409,7 @@ class TestRefused:
             run(suspects["vit"], tmp_path / "out", test=digits(500, 560, labelled=False))
 
     def test_nothing_held_out(self, suspects, tmp_path):
-        with pytest.raises(UsageError, match="empty: give more clean images"):
+        with pytest.raises(UsageError, match="to train on and none to measure on: raise the budget"):
             run(suspects["vit"], tmp_path / "out", held_out=0.0)
 
     def test_several_processes(self, suspects, tmp_path, monkeypatch):

@@ -91,11 +91,6 @@ class TestChecks:
             ({"feature_weight": -1.0}, r"feature_weight=-1.0: expected 0 \(none\) or a positive number"),
             ({"feature_weight": float("nan")}, "feature_weight=nan"),
             ({"feature_states": "first"}, "feature_states='first': expected one of all, last"),
-            ({"feature_weight": 2.0}, "feature_weight=2.0 with objective=cross_entropy, .* in a distillation alone"),
-            (
-                {"feature_weight": 2.0, "objective": "distillation"},
-                "feature_weight=2.0 .* leave residual out of move_spaces",
-            ),
             ({"batch_norm_images": "dirty"}, "batch_norm_images='dirty': expected one of training, clean"),
             ({"stages": 3}, r"stages=3: expected 1 \(first curve only\) or 2 \(both\)"),
             ({"rounds": 0}, "rounds=0, .*: that makes no optimisation step"),
@@ -103,6 +98,9 @@ class TestChecks:
             ({"sweep_points": 2}, "sweep_points=2: at least 3 are needed, two of them the ends"),
             ({"statistics_memory_gb": 0.0}, "statistics_memory_gb=0.0: expected a positive number"),
             ({"statistics_memory_gb": float("nan")}, "statistics_memory_gb=nan: expected a positive number"),
+            ({"max_steps": 5}, "max_steps=5, .*: how long a curve is trained, curve_steps and curve_epochs say"),
+            ({"num_train_epochs": 5.0}, "num_train_epochs=5.0: how long a curve is trained, curve_steps and"),
+            ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: no objective smooths labels"),
             ({"torch_compile": True}, "torch_compile: a curve stands at another t in each step"),
             ({"torch_compile_backend": "eager"}, "torch_compile: a curve stands at another t in each step"),
             ({"push_to_hub": True}, "push_to_hub: the Trainer would publish half-purified weights"),
@@ -112,6 +110,21 @@ class TestChecks:
     def test_what_cannot_be_is_refused(self, tmp_path, changes, message):
         with pytest.raises(UsageError, match=message):
             config(tmp_path, **changes)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"objective": "cross_entropy"}, "feature_weight=5.0 with objective=cross_entropy, .* distillation alone"),
+            ({"move_spaces": ["residual"]}, "feature_weight=5.0 .* leave residual out of move_spaces"),
+        ],
+    )
+    def test_hidden_states_are_not_followed_where_they_cannot(self, tmp_path, changes, message):
+        """That shows when the defaults of the model are there: on their own, arguments need not fit together."""
+        fixed = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "feature_weight": 5.0}
+        assert TSCConfig.for_model(tiny.model("vit"), **fixed).feature_weight == 5.0
+        TSCConfig(**fixed, **changes)
+        with pytest.raises(UsageError, match=message):
+            TSCConfig.for_model(tiny.model("vit"), **fixed, **changes)
 
     def test_what_can_be_is_not(self, tmp_path):
         config(

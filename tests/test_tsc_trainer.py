@@ -9,12 +9,14 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessorPil
+from transformers import AutoModelForImageClassification, ResNetModel, TrainerCallback, ViTImageProcessorPil
 
 from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve_result import CurvePoint, CurveResult, choose_point
 from hf_tsc.errors import AccuracyBudgetError, CheckpointError, PurificationError, UsageError
 from hf_tsc.folders import last_whole_checkpoint
+from hf_tsc.images import ImagePipeline
+from hf_tsc.objectives import FeatureDistillation
 from hf_tsc.tsc_config import PAPER_PRESET, TSCConfig
 from hf_tsc.tsc_trainer import TSCTrainer
 
@@ -168,6 +170,32 @@ class TestCourse:
         assert metrics["eval_loss"] == pytest.approx(found["loss"], rel=1e-6)
         assert metrics["eval_accuracy"] == found["score"]
 
+    def test_evaluate_at_the_end_of_a_curve_measures_the_point_that_was_taken(self, tmp_path):
+        """Of either curve: by then the next one has been laid."""
+        made, _ = recorded(tmp_path, eval_strategy="steps", eval_steps=STEPS)
+        taken = [entry for entry in made.state.log_history if "clean_loss" in entry]
+        found = [entry for entry in made.state.log_history if "eval_loss" in entry]
+        assert len(taken) == len(found) == 2 * ROUNDS
+        for one, other in zip(taken, found, strict=True):
+            assert one["step"] == other["step"]
+            assert one["clean_loss"] == pytest.approx(other["eval_loss"], rel=1e-5)
+
+    def test_a_last_image_alone(self, tmp_path):
+        """17 images in batches of 8 and 16: BatchNorm could not normalise the last one, of which one pixel is left."""
+        suspect, one = tiny.model("resnet").train(), tiny.digits(0, 1)[0]["pixels"]
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            suspect(pixel_values=one[None].float())
+        made = TSCTrainer(
+            suspect,
+            config(tmp_path, rounds=1, stages=1, curve_steps=5),
+            train_dataset=tiny.digits(0, 17),
+            eval_dataset=tiny.digits(16, 33),
+            processing_class=tiny.processor(),
+        )
+        made.train()
+        assert len(made.get_train_dataloader()) == 2
+        assert not made.args.dataloader_drop_last
+
 
 class TestResult:
     def test_the_purified_model_is_the_point_taken(self, run):
@@ -190,6 +218,23 @@ class TestResult:
         assert same(dict(loaded.state_dict()), dict(made.purified_model().state_dict()))
         processor = ViTImageProcessorPil.from_pretrained(tmp_path / "purified")
         assert processor.to_dict() == tiny.processor().to_dict()
+
+    def test_the_report_knows_what_kind_of_model_it_is(self, tmp_path):
+        """A card that calls an encoder a classifier would be offered to those who look for one."""
+        suspect = ResNetModel(tiny.model("resnet").config).eval()
+        data, pipeline = tiny.digits(0, 16), ImagePipeline(tiny.processor())
+        made = TSCTrainer(
+            suspect,
+            config(tmp_path / "work", rounds=1, stages=1),
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=tiny.processor(),
+            objective=FeatureDistillation(pipeline, suspect),
+        )
+        made.train()
+        made.save_model(str(tmp_path / "purified"))
+        report = made._report_of_a_folder(tmp_path / "purified", "digits")
+        assert (report.task["kind"], report.task["pipeline_tag"]) == ("image encoder", "image-feature-extraction")
 
     def test_nothing_to_save_before_the_end(self, run, tmp_path):
         made = trainer(tmp_path)
@@ -294,6 +339,7 @@ class TestAccumulation:
             ({"curve_epochs": 5.0, "gradient_accumulation_steps": 2}, 5),
             ({"curve_epochs": 0.1}, 1),
             ({"curve_epochs": 5.0, "per_device_train_batch_size": 5}, 20),
+            ({"curve_epochs": 5.0, "per_device_train_batch_size": 5, "dataloader_drop_last": True}, 15),
             ({"curve_epochs": 5.0, "curve_steps": 7}, 7),
         ],
     )

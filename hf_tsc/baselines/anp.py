@@ -24,6 +24,7 @@ from hf_tsc.activations import Batch
 from hf_tsc.baselines.base import Case, Visit, check_finite
 from hf_tsc.baselines.settings import Settings, limits, number
 from hf_tsc.baselines.units import Units, prune, units_of
+from hf_tsc.errors import UsageError
 from hf_tsc.functional import call_at, tensors_of
 from hf_tsc.objectives import Objective
 from hf_tsc.permutation import Params
@@ -59,6 +60,11 @@ class ANP(Settings):
         default_factory=lambda: list(THRESHOLDS), metadata=limits("Thresholds to choose from, ascending.", high=1)
     )
     batch_size: int = number(128, "Images a gradient evaluation.", low=1, whole=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if sorted(self.thresholds) != list(self.thresholds):
+            raise UsageError(f"thresholds={self.thresholds}: expected ascending numbers, of which the last that fits")
 
     def gradient_evaluations(self, images: int) -> int:
         return 3 * self.steps

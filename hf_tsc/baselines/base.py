@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel
 
 from hf_tsc.activations import Batch
 from hf_tsc.batch_norm import PASSES as STATISTICS_PASSES
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
 from hf_tsc.functional import call_at, tensors_of
-from hf_tsc.images import collate
+from hf_tsc.images import Batches, collate
 from hf_tsc.objectives import ImageClassification, LossSettings, Objective
 from hf_tsc.permutation import Params
 from hf_tsc.seeds import derived_seed
@@ -87,8 +87,8 @@ class Case:
     def shuffled(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """All training images once."""
         generator = torch.Generator().manual_seed(seed)
-        options: dict[str, Any] = {"collate_fn": collate, "generator": generator}
-        loader: Any = DataLoader(self.train, batch_size=batch_size, shuffle=True, **options)
+        batches = Batches(RandomSampler(self.train, generator=generator), batch_size)
+        loader: Any = DataLoader(self.train, batch_sampler=batches, collate_fn=collate, generator=generator)
         return (self._here(batch) for batch in loader)
 
     def score(self, objective: Objective, params: Params) -> float:
@@ -137,7 +137,8 @@ class Case:
 
     def _batches(self, dataset: Any) -> Iterator[Batch]:
         # a generator of its own: the global random state is the training's
-        loader: Any = DataLoader(dataset, batch_size=MEASURED_BATCH, collate_fn=collate, generator=torch.Generator())
+        batches = Batches(range(len(dataset)), MEASURED_BATCH)
+        loader: Any = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=torch.Generator())
         return (self._here(batch) for batch in loader)
 
     def _here(self, batch: Batch) -> Batch:

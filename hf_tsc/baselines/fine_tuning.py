@@ -76,7 +76,6 @@ def train(
             seed=seed,
             use_cpu=use_cpu,
         )
-        args._n_gpu = min(args.n_gpu, 1)  # a process has one device; the Trainer would wrap several in DataParallel
         made = trainer(objective=objective, model=model, args=args, train_dataset=dataset, callbacks=list(callbacks))
         made.train()
 

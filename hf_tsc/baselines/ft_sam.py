@@ -36,7 +36,9 @@ class FTSAM(Training):
     """
 
     rho: float = number(2.0, "Size of the ascent, relative to the weights.")
-    label_smoothing: float = number(0.1, "Share of the target that goes to the other classes.", high=1)
+    label_smoothing: float = number(
+        0.1, "Share of the target that goes to the other classes; with labels alone.", high=1
+    )
     batch_size: int = number(256, "Images a gradient evaluation.", low=1, whole=True)
     weight_decay: float = number(5e-4, "Weight decay.")
 

@@ -28,7 +28,6 @@ from hf_tsc.activations import Batch
 from hf_tsc.baselines.base import Case, Visit, check_finite
 from hf_tsc.baselines.fine_tuning import visit_line
 from hf_tsc.baselines.settings import Settings, number
-from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, to_unit_interval
 from hf_tsc.objectives import logits_of
 from hf_tsc.seeds import derived_seed
@@ -60,13 +59,8 @@ class IBAU(Settings):
     perturbed_share: float = number(0.01, "Share of a batch that is perturbed in the outer loss.", high=1)
     batch_size: int = number(100, "Images a gradient evaluation.", low=1, whole=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mixup_alpha or self.feature_weight:
-            raise UsageError(
-                f"mixup_alpha={self.mixup_alpha:g}, feature_weight={self.feature_weight:g}: expected 0, as "
-                "i_bau mixes no images and follows no hidden states"
-            )
+    def without_effect(self) -> Sequence[str]:
+        return ("mixup_alpha", "temperature", "teacher_view", "teacher_errors", "feature_weight", "feature_states")
 
     def gradient_evaluations(self, images: int) -> int:
         return self.rounds * math.ceil(images / self.batch_size) * (1 + self.fixed_point_steps + 3)

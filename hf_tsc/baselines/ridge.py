@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from hf_tsc.baselines.settings import Settings, choice, number
 from hf_tsc.errors import UsageError
 from hf_tsc.functional import call_at, tensors_of
 from hf_tsc.permutation import Params
-from hf_tsc.tsc_config import OBJECTIVES
+from hf_tsc.tsc_config import OBJECTIVES, PAIRWISE
 
 PENALTIES = (0.05, *(k / 10 for k in range(1, 11)))
 CHUNK = 2**24  # entries of x that are held at once
@@ -53,6 +53,11 @@ class Ridge(Settings):
         None, "Choose the penalty instead, so that the held-out accuracy drops at most so many points.", high=100
     )
     objective: str = choice("distillation", OBJECTIVES, "What the score on the held-out images is of.")
+
+    def without_effect(self) -> Sequence[str]:
+        teaching = ("teacher_view", "teacher_errors", "feature_weight", "feature_states", "mixup_alpha")
+        views = () if self.objective in PAIRWISE else ("augmentation", "temperature", "batch_size")
+        return (*teaching, *views, "batch_norm_images")
 
     def gradient_evaluations(self, images: int) -> int:
         return 0

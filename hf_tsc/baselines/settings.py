@@ -82,6 +82,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
+        for entry in fields(self):
+            if entry.name in self.without_effect() and (value := getattr(self, entry.name)) != entry.default:
+                raise UsageError(f"{entry.name}={value!r} would have no effect: this method has no use for it")
+
+    def without_effect(self) -> Sequence[str]:
+        """Names of those settings that a method has no use for."""
+        return ()
 
     def gradient_evaluations(self, images: int) -> int:
         """Backward passes of one batch that the method takes on so many training images."""

@@ -91,13 +91,16 @@ def hidden_units(model: PreTrainedModel) -> list[Units]:
     parameters = dict(here.named_parameters())
     found = []
     for space in spec.spaces.values():
-        taps = [tap for tap in spec.taps if tap.side == "input" and tap.axis == Atom(space.name, space.size)]
-        members = set(spec.members(space.name))
-        readers = [tap for tap in taps if (f"{tap.module}.weight", 1) in members]
-        if space.kind == "hidden" and len(taps) == len(readers) == 1:
-            weight = f"{readers[0].module}.weight"
-            biases = tuple(name for name, _ in sorted(members) if name in parameters and parameters[name].ndim == 1)
-            found.append(Units(weight, 1, biases, space.size, readers[0].module, readers[0].dim))
+        members = [(name, dim) for name, dim in spec.members(space.name) if name in parameters]
+        weights = [name for name, dim in members if dim == 1 and name.endswith(".weight")]  # of the layers that read
+        taps = [
+            tap
+            for tap in spec.taps  # one a tensor: where several layers read it, the first of them alone
+            if tap.side == "input" and tap.axis == Atom(space.name, space.size) and f"{tap.module}.weight" in weights
+        ]
+        if space.kind == "hidden" and len(weights) == len(taps) == 1:
+            biases = {name for name, _ in members if name.endswith(".bias") and parameters[name].ndim == 1}
+            found.append(Units(weights[0], 1, tuple(sorted(biases)), space.size, taps[0].module, taps[0].dim))
     return found
 
 

@@ -53,11 +53,17 @@ def _missed(line: Line, twin: Line | None) -> str:
 
 
 def suspect_table(lines: Sequence[Line]) -> str:
-    """The suspects, on the images of `report`, and what they miss."""
+    """The suspects, on the images of `report`, what they miss, and how often each was trained.
+
+    The same plan and seed give other weights on another machine. Lines of several trainings do not belong to one
+    network; those without the hash of its weights count as one. Measures are of the last line.
+    """
     by_suspect, missed = {line["suspect"]: line for line in lines}, shortcomings(lines)
     rows = []
     for name, line in sorted(by_suspect.items()):
         measured = line["before"]["report"]
         names = [line["model"], line["attack"], str(line["seed"])]
-        rows.append([*names, *(percent([measured[MEASURES[column]]]) for column in ("ACC", "ASR")), missed[name]])
-    return markdown(["model", "attack", "seed", "ACC", "ASR", "misses"], rows)
+        figures = [percent([measured[MEASURES[column]]]) for column in ("ACC", "ASR")]
+        trainings = {other.get("weights") for other in lines if other["suspect"] == name}
+        rows.append([*names, *figures, str(len(trainings)), missed[name]])
+    return markdown(["model", "attack", "seed", "ACC", "ASR", "trainings", "misses"], rows)

@@ -20,10 +20,9 @@ from hf_tsc.benchmark.suspect_plan import SuspectPlan
 from hf_tsc.benchmark.suspects import TASKS, is_trained
 from hf_tsc.derive import example_inputs
 from hf_tsc.images import Augmentation
-from hf_tsc.tsc_config import PRESETS
+from hf_tsc.tsc_config import PRESETS, TRANSFORMER_DEFAULTS
 
 PROBE_BATCH, PROBE_STEPS = 64, 3
-DEFAULT_TSC_STEPS = 1000  # where a cell's settings name no number of steps
 VIEWS = 2  # of each image, in SimCLR
 BAD_ENCODER_PASSES = 3 + 1 / 3  # three pictures for each image, and one forward alone, by the clean encoder
 
@@ -86,10 +85,10 @@ def _drawn_images(described: dict[str, Any]) -> float:
         return float(chosen.gradient_evaluations(images) * chosen.batch_size)
     settings = {**PRESETS[settings.get("preset", "default")], **settings}
     curves = float(settings.get("rounds", 1)) * float(settings.get("stages", 1))
-    if "curve_steps" not in settings and "curve_epochs" in settings:
-        return curves * float(settings["curve_epochs"]) * described["budget"] * (1 - described["held_out"])
-    steps = float(settings.get("curve_steps", DEFAULT_TSC_STEPS))
-    return curves * steps * float(settings.get("per_device_train_batch_size", 64))
+    if "curve_steps" in settings:
+        return curves * float(settings["curve_steps"]) * float(settings.get("per_device_train_batch_size", 64))
+    epochs = settings.get("curve_epochs", TRANSFORMER_DEFAULTS["curve_epochs"])  # the most that a family takes
+    return curves * float(epochs) * described["budget"] * (1 - described["held_out"])
 
 
 def _seconds_per_image(plan: SuspectPlan, device: torch.device) -> float:

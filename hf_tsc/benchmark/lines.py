@@ -42,7 +42,9 @@ class Lines:
 
     def add(self, line: Line) -> None:
         """Add a line; it is on the disk when this returns."""
-        os.write(self._descriptor, (json.dumps(line) + "\n").encode())
+        rest = (json.dumps(line) + "\n").encode()
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
         os.fsync(self._descriptor)
 
 

@@ -26,6 +26,8 @@ from hf_tsc.tsc_config import TSCConfig, reported_arguments
 from hf_tsc.tsc_trainer import TSCTrainer
 
 PERMUTATIONS = ("matched", "identity", "random")
+QUIET = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "report_to": "none"}
+OF_THE_CELL = ("output_dir", "seed", "use_cpu", *QUIET)  # arguments of a TSCConfig that are no settings
 
 
 def check_settings(method: str, settings: dict[str, Any]) -> None:
@@ -40,7 +42,7 @@ def check_settings(method: str, settings: dict[str, Any]) -> None:
     preset = options.pop("preset", "default")
     if (permutation := options.pop("permutation", PERMUTATIONS[0])) not in PERMUTATIONS:
         raise UsageError(f"permutation={permutation!r}: expected one of {', '.join(PERMUTATIONS)}")
-    if unknown := sorted(set(options) - set(TSCConfig.__dataclass_fields__)):
+    if unknown := sorted(set(options) - (set(TSCConfig.__dataclass_fields__) - set(OF_THE_CELL))):
         raise UsageError(f"tsc has no setting(s) {', '.join(unknown)}")
     TSCConfig.preset(preset, output_dir="unused", use_cpu=True, **options)
 
@@ -56,8 +58,7 @@ def run_tsc(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
     if "max_accuracy_drop" not in settings:
         settings = {"sweep_points": 3, **settings}  # the trainer's own sweep is not needed
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "report_to": "none"}
-        own = {**quiet, "output_dir": folder, "seed": case.seed, "use_cpu": case.use_cpu}
+        own = {**QUIET, "output_dir": folder, "seed": case.seed, "use_cpu": case.use_cpu}
         config = tsc_config(case.suspect, settings, objectives=case.objectives, **own)
         trainer = _VisitingTrainer(
             case.suspect,

@@ -44,6 +44,12 @@ def check_processes(processes: int) -> None:
         raise UsageError(f"processes={processes}: expected 1 or more")
 
 
+def check_only(plan: Plan, only: Sequence[str]) -> None:
+    """Raises UsageError where the words that cells are chosen by are those of no cell, finished or not."""
+    if not any(all(word in str(cell) for word in only) for cell in plan.cells):
+        raise UsageError(f"--only {' '.join(only)}: no cell of the plan has these words; --dry_run lists the cells")
+
+
 def cells_to_run(plan: Plan, lines: Iterable[Line], only: Sequence[str] = ()) -> list[Cell]:
     """The cells without a line; `only` keeps those whose description contains all of these words."""
     done = {line["id"] for line in lines}
@@ -113,7 +119,9 @@ def run_plan(
                         job = running.pop(future)
                         if (line := _result(future, job, waiting, cache, progress, say)) is not None:
                             file.add(line)
+                            progress.finished += 1
                             bar.update()
+                            say(summary(line))
             except BrokenProcessPool as error:
                 raise PurificationError(
                     "a worker process was killed, perhaps for want of memory: start again with fewer --processes"
@@ -182,8 +190,6 @@ def _result(
         assert isinstance(job, SuspectPlan)
         say(f"suspect {job.id}")
         return None
-    say(summary(line))
-    progress.finished += 1
     return line
 
 

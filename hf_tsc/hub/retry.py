@@ -141,4 +141,4 @@ def hub_error(what: str, repo_id: str, error: Exception, left: str = "") -> HfTs
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
     passing = asked is not None or isinstance(cause, hub_errors.OfflineModeIsEnabled)
     kind_of_error = HubUnavailableError if passing else HfTscError
-    return kind_of_error(f"Could not {what}: {reason}.{left or ' Try again later.'}")
+    return kind_of_error(f"Could not {what}: {reason}{hint}.{left or ' Try again later.'}")

@@ -77,6 +77,8 @@ class ProjectionHead(nn.Sequential):
 class SimCLR:
     """Find the second view of an image among the views of the batch (Chen et al. 2020, hf.co/papers/2002.05709).
 
+    The loss is of what the head makes of the features; the score is of the features, which are what remains.
+
     Args:
         pipeline: makes model inputs of pixels.
         head: between features and loss; trained along, and not part of the model. None: the features themselves.
@@ -100,7 +102,11 @@ class SimCLR:
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
         if len(batch["pixels"]) < 2:
             raise UsageError("a batch of one image has nothing to tell it apart from: give a batch size of 2 or more")
-        first, second = self._projected(forward, batch, seed=seed, rows=own_rows(len(batch["pixels"])))
+        views = self._views(batch, seed=seed, rows=own_rows(len(batch["pixels"])))
+        output: Any = forward(pixel_values=views)  # both views in one forward, as BatchNorm shall see both
+        first, second = (output.projected if isinstance(output, Projected) else self._projected(pooled(output))).chunk(
+            2
+        )
         whole = nt_xent(across_processes(first), across_processes(second), self.temperature)
         return loss_of_all(whole)
 
@@ -113,27 +119,20 @@ class SimCLR:
     @torch.no_grad()
     def evaluate(self, forward: Forward, batches: Iterable[Batch]) -> dict[str, float]:
         """`loss` and `score`, the share of images whose second view is the nearest of all: two fixed views each."""
-        views = [self._projected(forward, batch, seed=number) for number, batch in enumerate(batches)]
-        first, second = (torch.cat(part) for part in zip(*views, strict=True))
+        features = [
+            features_of(forward, self._views(batch, seed=number, rows=None)).chunk(2)
+            for number, batch in enumerate(batches)
+        ]
+        first, second = (torch.cat(part) for part in zip(*features, strict=True))
         nearest = (F.normalize(first) @ F.normalize(second).T).argmax(1)
         right = nearest == torch.arange(len(first), device=first.device)
         return {
-            "loss": nt_xent(first, second, self.temperature).item(),
+            "loss": nt_xent(self._projected(first), self._projected(second), self.temperature).item(),
             "score": right.double().mean().item(),
         }
 
-    def _projected(
-        self, forward: Forward, batch: Batch, *, seed: int, rows: Rows | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Two views of each image, projected: twice (n, d). In one forward, as BatchNorm shall see both."""
-        output: Any = forward(pixel_values=self._views(batch, seed=seed, rows=rows))
-        if isinstance(output, Projected):
-            projected = output.projected
-        else:
-            features = pooled(output)
-            projected = features if self.head is None else self.head.to(features.device)(features)
-        first, second = projected.chunk(2)
-        return first, second
+    def _projected(self, features: Tensor) -> Tensor:
+        return features if self.head is None else self.head.to(features.device)(features)
 
     def _views(self, batch: Batch, *, seed: int, rows: Rows | None) -> Tensor:
         """Two views of each image, (2n, 3, H, W)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,12 @@ class HiddenStates:
     def __init__(self, weight: float, states: str = "all"):
         self.weight, self.states = weight, states
         self.places: Sequence[int] | None = None
+
+    def at(self, places: Sequence[int]) -> HiddenStates:
+        """The same, of these states alone."""
+        chosen = copy.copy(self)
+        chosen.places = places
+        return chosen
 
     def term(self, output: Any, taught: Any) -> Tensor:
         """The weighted term of what a network and its teacher give for the same inputs."""

@@ -86,6 +86,14 @@ def fit(
         write_json(folder / RECORD, record)
 
 
+def check_trigger_first(args: SuspectConfig) -> None:
+    """Raises UsageError: kinds of suspects whose images are poisoned before they are augmented, and only then."""
+    if args.trigger_last:
+        raise UsageError(
+            "trigger_last is for classifiers: here the trigger comes before the augmentation; leave it out"
+        )
+
+
 def new_model(
     make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig, *, what: str, seed: int
 ) -> Any:

@@ -16,7 +16,7 @@ from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.images import ImagePipeline, PixelDataset, pixel_dataset
 from hf_tsc.objectives import ImageText
-from hf_tsc.suspects.base import SuspectConfig, fit, labels_of, new_model, record_of
+from hf_tsc.suspects.base import SuspectConfig, check_trigger_first, fit, labels_of, new_model, record_of
 from hf_tsc.suspects.poisoned import PoisonedPixels, check_static
 from hf_tsc.triggers import Attack, draw_poison
 
@@ -65,10 +65,11 @@ def train_dual_encoder(
         The model in eval mode; its folder is `args.output_dir`.
 
     Raises:
-        UsageError: labels without names; an impossible poison rate; a configuration that makes no dual encoder; an
-            output folder that is not empty.
+        UsageError: labels without names; an impossible poison rate; a configuration that makes no dual encoder;
+            `trigger_last`; an output folder that is not empty.
         PurificationError: the loss is not finite.
     """
+    check_trigger_first(args)
     names = data.class_names
     if names is None:
         raise UsageError(f"the labels of {data.name} have no names: captions are made of class names")

@@ -21,7 +21,7 @@ from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import map_batches
 from hf_tsc.images import Augmentation, ImagePipeline, pixel_dataset, to_unit_interval
 from hf_tsc.objectives import Forward, ProjectionHead, SimCLR, features_of
-from hf_tsc.suspects.base import SuspectConfig, fit, labels_of, new_model, record_of
+from hf_tsc.suspects.base import SuspectConfig, check_trigger_first, fit, labels_of, new_model, record_of
 from hf_tsc.suspects.poisoned import PoisonedPixels, check_static
 from hf_tsc.triggers import NEXT, Attack, Trigger, draw_poison
 
@@ -57,10 +57,15 @@ def train_encoder(
         The encoder in eval mode; its folder is `args.output_dir`. The projection head is not kept.
 
     Raises:
-        UsageError: no labels; an impossible poison rate; no encoder with a pooled output; an output folder that is not
-            empty.
+        UsageError: no labels; an impossible poison rate; no encoder with a pooled output; no augmentation, or a
+            trigger after it; an output folder that is not empty.
         PurificationError: the loss is not finite.
     """
+    check_trigger_first(args)
+    if args.augmentation == "none":
+        raise UsageError(
+            "augmentation=none: both views of an image would be the same; expected simclr, or another one"
+        )
     rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
     poisoned = covers = np.array([], dtype=np.int64)
     pipeline = ImagePipeline(processor)
@@ -103,9 +108,10 @@ def backdoor_encoder(
         The suspect in eval mode; its folder is `args.output_dir`.
 
     Raises:
-        UsageError: no labels, no image of the target class, an output folder that is not empty.
+        UsageError: no labels, no image of the target class, `trigger_last`, an output folder that is not empty.
         PurificationError: the loss is not finite.
     """
+    check_trigger_first(args)
     rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
     pipeline = ImagePipeline(processor)
     target = _of_one_class(attack).target_label

@@ -103,6 +103,11 @@ class Task(ABC):
     def items(self, rows: np.ndarray) -> Dataset:
         """Items of some rows of the clean data, as the objective wants them."""
 
+    @classmethod
+    def described(cls) -> dict[str, str]:
+        """The kind, as a report names it."""
+        return {"kind": cls.kind, "pipeline_tag": cls.pipeline_tag, "accuracy": cls.accuracy}
+
     def objective(self) -> Objective:
         """What the curves are trained for."""
         return self.objective_of(self.work.config)

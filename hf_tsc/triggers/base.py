@@ -106,9 +106,19 @@ def check_number(trigger: Trigger, field: str, low: float, high: float, usual: f
         )
 
 
+def check_whole(trigger: Trigger, field: str, low: int, high: int, usual: int) -> None:
+    """Raises UsageError where a number of a trigger is out of its range, or no integer."""
+    value = getattr(trigger, field)
+    if not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(
+            f"{type(trigger).__name__} got {field}={value}, expected an integer from {low} to {high}; {usual} is "
+            "usual."
+        )
+
+
 def check_seed(trigger: Trigger, seed: int) -> None:
     """Raises UsageError where numpy would not take it."""
-    if not 0 <= seed <= MAX_SEED:
+    if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise UsageError(f"{type(trigger).__name__} got seed={seed}, expected an integer from 0 to {MAX_SEED}.")
 
 

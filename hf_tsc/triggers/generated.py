@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_tsc.errors import UsageError
-from hf_tsc.triggers.base import Poisoning, Trigger, check_number, check_pixels, to_pixels
+from hf_tsc.triggers.base import Poisoning, Trigger, check_number, check_pixels, check_whole, to_pixels
 
 TRIGGER_FILE = "trigger.safetensors"  # beside the suspect's record
 WIDTHS = (32, 64, 128)
@@ -88,7 +88,7 @@ class InputAware(Trigger):
     nets: PatternNets | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_number(self, "mask_epochs", 0, 10_000, 25)
+        check_whole(self, "mask_epochs", 0, 10_000, 25)
         check_number(self, "density", 0, 1, 0.032)
         check_number(self, "learning_rate", 0, 1, 0.01)
 

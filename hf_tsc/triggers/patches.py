@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_tsc.triggers.base import Poisoning, Trigger, check_number, check_pixels, to_pixels
+from hf_tsc.triggers.base import Poisoning, Trigger, check_number, check_pixels, check_whole, to_pixels
 
 # +1 and -1 of the pattern in the two left corners, from the top; those on the right are its mirror image
 CORNER = ((1, -1, -1), (-1, 1, -1), (1, -1, 1))
@@ -77,7 +77,7 @@ class LabelConsistent(Trigger):
         check_number(self, "amplitude", 0, 255, 255)
         check_number(self, "epsilon", 0, 255, 8)
         check_number(self, "step", 0, 255, 1.5)
-        check_number(self, "steps", 0, 10_000, 100)
+        check_whole(self, "steps", 0, 10_000, 100)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         check_pixels(pixels)

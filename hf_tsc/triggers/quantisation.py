@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_tsc.triggers.base import Poisoning, Trigger, check_number, check_pixels, to_pixels
+from hf_tsc.triggers.base import Poisoning, Trigger, check_pixels, check_whole, to_pixels
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BPP(Trigger):
     levels: int = 8
 
     def __post_init__(self) -> None:
-        check_number(self, "levels", 2, 256, 8)
+        check_whole(self, "levels", 2, 256, 8)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         check_pixels(pixels)

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_tsc.errors import UsageError
-from hf_tsc.triggers.base import Poisoning, Trigger, check_number, check_pixels, check_seed, to_pixels
+from hf_tsc.triggers.base import Poisoning, Trigger, check_number, check_pixels, check_seed, check_whole, to_pixels
 
 SIDE = 32  # the published strength is for pictures of this side
 
@@ -43,8 +42,7 @@ class WaNet(Trigger):
 
     def __post_init__(self) -> None:
         check_number(self, "strength", 0, SIDE, 0.5)
-        if not 2 <= self.cells <= 1024:
-            raise UsageError(f"WaNet got cells={self.cells}, expected an integer from 2 to 1024; 4 is usual.")
+        check_whole(self, "cells", 2, 1024, 4)
         check_seed(self, self.seed)
 
     def __call__(self, pixels: Tensor) -> Tensor:
