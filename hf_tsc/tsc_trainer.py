@@ -35,6 +35,7 @@ from hf_tsc.functional import model_at, tensors_of
 from hf_tsc.hub import Pushed, PushOptions, is_folder, push_folder, resolve_model
 from hf_tsc.images import ImagePipeline
 from hf_tsc.objectives import Forward, HiddenStates, ImageClassification, Objective
+from hf_tsc.objectives.hidden_states import following
 from hf_tsc.passes import match_networks, restrict
 from hf_tsc.permutation import KINDS, Params, PermutationSpec, apply, identity, moved_fraction
 from hf_tsc.processes import (
@@ -380,8 +381,8 @@ def _followed(
     objective: Objective, model: PreTrainedModel, spec: PermutationSpec, inputs: Batch, args: TSCConfig
 ) -> Objective:
     """The objective, following those hidden states alone that the curve's end has in common with the suspect."""
-    following: HiddenStates | None = getattr(objective, "hidden_states", None)
-    if following is None:
+    states: HiddenStates | None = getattr(objective, "hidden_states", None)
+    if states is None:
         return objective
     kinds: Any = args.move_spaces
     places = unmoved_states(model, spec, kinds, inputs)
@@ -390,12 +391,10 @@ def _followed(
             "%s has no hidden state that stays in place along the curve: feature_weight=%g has no effect; "
             "feature_weight=0 takes the defaults that go without it",
             type(model).__name__,
-            following.weight,
+            states.weight,
         )
         args.feature_weight = 0.0
-    own: Any = copy.copy(objective)
-    own.hidden_states = following.at(places) if places else None
-    return own
+    return following(objective, places)
 
 
 class _SegmentCallback(TrainerCallback):

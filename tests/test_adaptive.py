@@ -24,11 +24,11 @@ from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.functional import call_at, model_at, tensors_of
 from hf_tsc.images import ImagePipeline, collate, pixel_dataset
 from hf_tsc.matching import match
-from hf_tsc.objectives import ImageClassification
+from hf_tsc.objectives import HiddenStates, ImageClassification
 from hf_tsc.passes import match_networks
 from hf_tsc.permutation import KINDS, apply, identity, invert
 from hf_tsc.suspects import RECORD, Adaptive, SuspectConfig, adapt_suspect, train_suspect
-from hf_tsc.suspects.adaptive import AdaptiveTraining, RenewCopies, _optimizer_of_the_defence
+from hf_tsc.suspects.adaptive import AdaptiveTraining, RenewCopies, defence_of
 from hf_tsc.suspects.copy_curve import CurveToCopy, draw_t, random_permutation
 from hf_tsc.triggers import NEXT, BadNets, InputAware, LabelConsistent, WaNet
 
@@ -37,8 +37,7 @@ PIPELINE = ImagePipeline(processor())
 IMAGES = pixel_dataset(DATA, range(24), PIPELINE)
 ATTACK = Attack(BadNets(), 3)
 MOVING = [kind for kind in KINDS if kind != "residual"]  # by the defaults
-OPTIONS = {"unaligned_only": False, "bend_steps": 0, "batch_size": 16, "seed": 0}
-OPTIONS |= {"bend_optimizer": lambda tensors: torch.optim.AdamW(tensors, lr=0.02)}
+OPTIONS = {"unaligned_only": False, "bend_steps": 0, "seed": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +49,8 @@ def nothing_to_collect():
 
 
 def curve_of(network, family, **options) -> CurveToCopy:
-    return CurveToCopy(network, spec(family), IMAGES, **{**OPTIONS, **options})
+    options = {"defence": defence_of(network, use_cpu=True), **OPTIONS, **options}
+    return CurveToCopy(network, spec(family), IMAGES, **options)
 
 
 def random_like(network, *, seed=0):
@@ -202,15 +202,14 @@ class TestCopies:
             assert torch.equal(made[name], every[name] if space.kind == "hidden" else identity(spec(family))[name])
 
     def test_bend(self, family):
-        """Trained on clean images, away from 0, lowers their loss on the curve; the network stays as it is."""
-        network = model(family)
+        """Away from 0 it lowers the defender's loss on the curve; the network stays as it is."""
+        network = model(family) if family == "resnet" else random_model(family).float()
         before = {name: p.detach().clone() for name, p in network.named_parameters()}
         curve, again = (curve_of(network, family, bend_steps=30, unaligned_only=True) for _ in range(2))
 
         def loss(bend) -> float:
             curve.bend = bend
-            logits = curve.forward_at(0.5)(pixel_values=PIPELINE.model_input(curve.images["pixels"])).logits
-            return F.cross_entropy(logits, curve.images["labels"]).item()
+            return curve._objective().loss(curve.forward_at(0.75), curve.images, seed=3).item()
 
         curve.renew(0)
         again.renew(0)
@@ -222,6 +221,29 @@ class TestCopies:
         assert loss(found) < 0.95 * loss({})
         again.renew(1)
         assert not same(again.bend, found)
+
+
+@pytest.mark.parametrize(
+    ("family", "made", "rate", "window", "states"),
+    [
+        ("resnet", torch.optim.SGD, 0.7, (0.7, 0.9), HiddenStates(20.0, "all")),
+        ("vit", torch.optim.AdamW, 0.012, (0.6, 0.8), HiddenStates(2.0, "last")),
+    ],
+)
+def test_the_bend_is_trained_as_the_defence_trains_it(monkeypatch, family, made, rate, window, states):
+    curve, taken, drawn = curve_of(model(family), family, bend_steps=4), [], []
+    monkeypatch.setattr(made, "step", lambda self, real=made.step: taken.append(self.defaults) or real(self))
+    forward_at = curve.forward_at
+    curve.forward_at = lambda t: drawn.append(t) or forward_at(t)
+    curve.renew(0)
+    assert all((used["lr"], used["weight_decay"], used.get("momentum", 0.9)) == (rate, 0, 0.9) for used in taken)
+    assert len(taken) == len(drawn) == len(set(drawn)) == 4
+    assert all(window[0] <= t <= window[1] for t in drawn)
+    objective = curve._objective()
+    assert same(tensors_of(objective.teacher), tensors_of(curve.model))
+    assert (objective.hidden_states.weight, objective.hidden_states.states) == (states.weight, states.states)
+    assert len(objective.hidden_states.places) == 3
+    assert objective.mixup.alpha == 1.0
 
 
 def test_copies_are_renewed_every_so_many_steps():
@@ -351,17 +373,6 @@ class TestTraining:
         assert sorted(everything["labels"].tolist()) == sorted(DATA.labels[rows].tolist())
         clean = collate(list(pixel_dataset(DATA, rows, PIPELINE)))["pixels"]
         assert all((clean == picture).flatten(1).all(1).any() for picture in few["pixels"])
-
-    @pytest.mark.parametrize(
-        ("family", "made", "rate"), [("resnet", torch.optim.SGD, 0.7), ("vit", torch.optim.AdamW, 0.012)]
-    )
-    def test_the_bend_is_trained_as_the_defence_trains_it(self, tmp_path, family, made, rate):
-        args = arguments(tmp_path, optim="adafactor", weight_decay=0.3)
-        optimizer = _optimizer_of_the_defence(model(family), args)([torch.zeros(2, requires_grad=True)])
-        assert type(optimizer) is made
-        assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (rate, 0)
-        assert optimizer.defaults.get("momentum", 0.9) == 0.9
-        assert (args.optim, args.learning_rate) == ("adafactor", 2e-3)
 
     def test_other_attacks(self, base, tmp_path):
         """Covers, and each class to the next."""

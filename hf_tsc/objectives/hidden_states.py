@@ -48,6 +48,13 @@ class HiddenStates:
         return self.weight * unexplained([found[place] for place in places], [target[place] for place in places])
 
 
+def following(objective: Any, places: Sequence[int]) -> Any:
+    """A copy of an objective with hidden states that follows these alone; where there are none, it follows none."""
+    own = copy.copy(objective)
+    own.hidden_states = objective.hidden_states.at(places) if places else None
+    return own
+
+
 def call_with_states(forward: Forward, inputs: Tensor) -> Any:
     """The output of a network for pixels (n, 3, H, W), hidden states included."""
     return forward(pixel_values=inputs, output_hidden_states=True)

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.training_args import OptimizerNames
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_tsc.activations import Batch
 from hf_tsc.baselines.settings import check, number
@@ -33,10 +32,10 @@ from hf_tsc.objectives import Forward, ImageClassification, logits_of, mixed_cro
 from hf_tsc.permutation import PermutationSpec
 from hf_tsc.specs import spec_of
 from hf_tsc.suspects.base import SuspectConfig, fit, labels_of, record_of
-from hf_tsc.suspects.copy_curve import CurveToCopy, MakeOptimizer, draw_t
+from hf_tsc.suspects.copy_curve import CurveToCopy, draw_t
 from hf_tsc.suspects.poisoned import PoisonedPixels, TriggerLast
 from hf_tsc.triggers import Attack, Poison, Trigger, draw_poison
-from hf_tsc.tsc_config import family_defaults
+from hf_tsc.tsc_config import TSCConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class Adaptive:
         renew_steps: steps between two copies.
         unaligned_only: un-align each copy, as the defender does; else every second one is permuted at random.
         copy_images: of the attacker's own, from which copies are un-aligned and Δ is trained.
-        bend_steps: of the defender's optimiser on Δ and L_c(γ(t)), from 0, whenever the copy is renewed; with 0 steps
+        bend_steps: that Δ is trained for, from 0, whenever the copy is renewed, as the defender trains it by default:
+            distillation from the network as it stands, his window of t and optimiser at a constant rate; with 0 steps
             the curve is a straight line.
     """
 
@@ -109,10 +109,9 @@ def adapt_suspect(
         model,
         _spec(model),
         pixel_dataset(data, drawn, pipeline),
+        defence=defence_of(model, use_cpu=args.use_cpu),
         unaligned_only=settings.unaligned_only,
         bend_steps=settings.bend_steps,
-        bend_optimizer=_optimizer_of_the_defence(model, args),
-        batch_size=args.per_device_train_batch_size,
         seed=args.seed,
     )
     dataset, plain = _poisoned_training(data, rows, pipeline, attack.trigger, poison, args)
@@ -208,13 +207,9 @@ def _spec(model: PreTrainedModel) -> PermutationSpec:
     return spec
 
 
-def _optimizer_of_the_defence(model: PreTrainedModel, args: SuspectConfig) -> MakeOptimizer:
-    """By the defaults of the model's family; without decay, as there."""
-    family, like = family_defaults(model), copy.copy(args)
-    like.optim, like.optim_args = OptimizerNames(family["optim"]), family["optim_args"]
-    like.learning_rate = family["learning_rate"]
-    made, options = Trainer.get_optimizer_cls_and_kwargs(like)
-    return lambda tensors: made(list(tensors), **options, weight_decay=0.0)
+def defence_of(model: PreTrainedModel, *, use_cpu: bool) -> TSCConfig:
+    """What the attacker expects: the defaults for the model."""
+    return TSCConfig.for_model(model, output_dir="unused", report_to="none", use_cpu=use_cpu)
 
 
 def _check(trigger: Trigger, args: SuspectConfig) -> None:

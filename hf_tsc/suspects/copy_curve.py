@@ -11,25 +11,29 @@ So a gradient comes to θ from both ends, directly and through the copy; P and �
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from hf_tsc.activations import Batch
-from hf_tsc.functional import call_at, tensors_of
+from hf_tsc.derive import example_inputs
+from hf_tsc.functional import call_at, model_at, tensors_of
 from hf_tsc.images import PixelDataset, collate
-from hf_tsc.objectives import Forward, logits_of, mixed_cross_entropy
+from hf_tsc.objectives import Forward, ImageClassification, Objective
+from hf_tsc.objectives.hidden_states import following
 from hf_tsc.passes import match_networks
 from hf_tsc.permutation import KINDS, Kind, Params, PermutationSpec, apply, identity
-from hf_tsc.tsc_config import family_defaults
+from hf_tsc.seeds import derived_seed
+from hf_tsc.tsc_config import TSCConfig
+from hf_tsc.unmoved_states import unmoved_states
 
 WINDOW = (0.1, 0.9)  # of t: beyond it the weights are nearly those of an end
 CHUNK = 128  # images a forward pass for statistics
-MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
 def draw_t(draw: np.random.Generator) -> float:
@@ -44,14 +48,13 @@ class CurveToCopy:
         model: the network that is trained.
         spec: its permutation spec.
         images: the attacker's own clean ones, with labels.
+        defence: how the defender is expected to purify: what moves, and Δ's loss, window, optimiser and batch.
         unaligned_only: un-align all copies; else every second one is permuted at random.
         bend_steps: that Δ is trained for.
-        bend_optimizer: makes the optimiser of these steps.
-        batch_size: images a step of Δ.
         seed: of all that is drawn.
 
     Attributes:
-        kinds: of the spaces that move, as by the defaults of the model's family.
+        kinds: of the spaces that move.
         permutation: P; at first the identity.
         bend: Δ by the names of parameters; nothing where it is 0.
     """
@@ -62,17 +65,16 @@ class CurveToCopy:
         spec: PermutationSpec,
         images: PixelDataset,
         *,
+        defence: TSCConfig,
         unaligned_only: bool,
         bend_steps: int,
-        bend_optimizer: MakeOptimizer,
-        batch_size: int,
         seed: int,
     ):
-        self.model, self.spec, self.seed = model, spec, seed
-        self.unaligned_only, self.bend_steps, self.batch_size = unaligned_only, bend_steps, batch_size
-        self.bend_optimizer = bend_optimizer
+        self.model, self.spec, self.seed, self.defence = model, spec, seed, defence
+        self.unaligned_only, self.bend_steps = unaligned_only, bend_steps
         self.pipeline, self.images = images.pipeline, collate([images[k] for k in range(len(images))])
-        self.kinds: Collection[Kind] = family_defaults(model).get("move_spaces", KINDS)
+        kinds: Any = defence.move_spaces
+        self.kinds: Collection[Kind] = kinds
         self.network = copy.deepcopy(model).eval()  # is read at the model's weights
         self.permutation = identity(spec)
         self.bend: Params = {}
@@ -114,16 +116,30 @@ class CurveToCopy:
     def _trained_bend(self, draw: np.random.Generator) -> Params:
         """Δ after some steps on clean images."""
         self.bend = {name: torch.zeros_like(p, requires_grad=True) for name, p in self.model.named_parameters()}
-        optimizer = self.bend_optimizer(self.bend.values())
+        made, options = Trainer.get_optimizer_cls_and_kwargs(self.defence)
+        optimizer = made(list(self.bend.values()), **options, weight_decay=self.defence.weight_decay)
+        objective, size = self._objective(), self.defence.per_device_train_batch_size
         self.model.train()  # batch statistics, as on the defender's curve
-        for _ in range(self.bend_steps):
-            places = torch.from_numpy(draw.permutation(len(self.images["pixels"]))[: self.batch_size])
+        for step in range(self.bend_steps):
+            places = torch.from_numpy(draw.permutation(len(self.images["pixels"]))[:size])
             batch = {name: tensor[places].to(self.model.device) for name, tensor in self.images.items()}
-            logits = logits_of(self.forward_at(draw_t(draw)), self.pipeline.model_input(batch["pixels"]))
+            low, high = self.defence.curve1_window
+            there = self.forward_at(float(draw.uniform(low, high)))
             optimizer.zero_grad()
-            mixed_cross_entropy(logits, batch["labels"], None, None).backward(inputs=list(self.bend.values()))
+            loss = objective.loss(there, batch, seed=derived_seed(self.seed, step, 2))
+            loss.backward(inputs=list(self.bend.values()))
             optimizer.step()
         return {name: delta.detach() for name, delta in self.bend.items()}
+
+    def _objective(self) -> Objective:
+        """The defender's; the network as it stands is his suspect."""
+        suspect = model_at(self.network, tensors_of(self.model)).eval().requires_grad_(False)
+        objective = ImageClassification.of(self.defence, self.pipeline, suspect)
+        return objective if objective.hidden_states is None else following(objective, self._unmoved)
+
+    @cached_property
+    def _unmoved(self) -> list[int]:
+        return unmoved_states(self.network, self.spec, self.kinds, example_inputs(self.network))
 
 
 def random_permutation(
