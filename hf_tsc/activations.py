@@ -27,6 +27,7 @@ from hf_tsc.permutation import PROJECTIONS, Params, Tap
 from hf_tsc.processes import add_up, number_of_processes, rank, together
 
 Batch = dict[str, Tensor]
+ROUNDING = 8 * torch.finfo(torch.float32).eps  # relative, of what is summed in single precision over a batch
 
 
 @dataclass
@@ -78,10 +79,11 @@ class TapStatistics:
         mean = self.sums / self.count  # (2, n)
         covariance = self.products / self.count - torch.outer(mean[0], mean[1])
         variance = self.squares / self.count - mean.square()
-        floor = 1e-12 * (self.squares / self.count)  # below it, rounding: the unit is constant
+        floor = ROUNDING * (self.squares / self.count)  # below it the unit is constant
         deviation = torch.where(variance > floor, variance, 0).sqrt()
         scale = torch.outer(deviation[0], deviation[1])
-        return torch.where(scale > 0, covariance / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0) / scale.shape[0]
+        correlation = covariance / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+        return torch.where(scale > 0, correlation.clamp(-1, 1), 0) / scale.shape[0]
 
 
 MATCHING_METHODS = ("l2", "correlation")

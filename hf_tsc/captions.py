@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from datasets import List, Value
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.objectives import Captions
 
 TEMPLATES = ("a photo of a {}.",)
+# Columns of text that hold captions also where there are class names, to make prompts of.
+CAPTION_COLUMNS = {"caption", "captions", "text", "texts", "sentence", "sentences", "prompt", "alt_text"}
 
 
 class CaptionTable:
@@ -26,8 +30,13 @@ class CaptionTable:
         """The numbers of texts, new ones added."""
         return [self._numbers.setdefault(text, len(self._numbers)) for text in texts]
 
-    def tokenise(self, tokenizer: Any, length: int, names: Collection[str]) -> Captions:
-        """Tokens of all texts, cut and filled up to `length`; of what the tokenizer gives only what is in `names`."""
+    def tokenise(self, tokenizer: Any, model: PreTrainedModel, length: int) -> Captions:
+        """Tokens of all texts, cut and filled up to `length`; of what the tokenizer gives only what the model takes.
+
+        SigLIP gets no mask: it has seen none, and reads its texts' embeddings off their last token, a pad or not.
+        """
+        names = set(inspect.signature(model.forward).parameters)
+        names -= {"attention_mask"} if hasattr(model, "logit_bias") else set()
         texts = list(self._numbers)
         whole = tokenizer(texts, truncation=False, padding=False)["input_ids"]
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
@@ -55,6 +64,8 @@ class CaptionedImages(Dataset):
 def find_caption_column(data: ImageData) -> str | None:
     """The column of captions, strings or lists of strings: the one that was named, or the only one; None if none is.
 
+    Where there are class names, an unnamed one must be called as captions are: it could hold names of files.
+
     Raises:
         UsageError: a named column is missing or of another type, or several columns fit.
     """
@@ -62,6 +73,8 @@ def find_caption_column(data: ImageData) -> str | None:
     named = data.caption_column
     if named is not None and named not in fitting:
         raise UsageError(f"Got --caption_column_name {named}, expected one of the columns of text {fitting}.")
+    if named is None and data.class_names is not None:
+        fitting = [name for name in fitting if name.casefold() in CAPTION_COLUMNS]
     if named is None and len(fitting) > 1:
         raise UsageError(f"The columns {fitting} are all text; choose one with --caption_column_name.")
     return named or (fitting[0] if fitting else None)

@@ -74,6 +74,7 @@ from hf_tsc.processes import (
     silent_but_in_main_process,
     speaks_of,
     together,
+    working_device,
 )
 from hf_tsc.report import PurificationReport
 from hf_tsc.spec_text import describe_spec
@@ -89,7 +90,7 @@ from hf_tsc.suspects import (
     train_encoder,
     train_suspect,
 )
-from hf_tsc.tasks import Classification, Encoding, is_dual_encoder, task_of
+from hf_tsc.tasks import Classification, Encoding, is_classifier, is_dual_encoder, task_of
 from hf_tsc.tasks.classes import check_labels
 from hf_tsc.tasks.evaluate import evaluate_source, search_source
 from hf_tsc.triggers import TRIGGERS
@@ -193,7 +194,7 @@ def purify_command(argv: Sequence[str]) -> int | None:
     if args.dry_run:
         return on_main_process(lambda: _print_dry_runs(models, order, as_json=args.json))
     if several:
-        folders = folders_of(models, output, order.access)
+        folders = folders_of(models, output, order)
         _print_outcomes(purify_many(folders, order), len(folders), as_json=args.json)
         return None
     if args.json:
@@ -223,11 +224,11 @@ def _where(pushed: Mapping[str, Any]) -> str:
 def _print_json(model: str, output: Path, order: Order, *, resume: bool) -> None:
     """One line for one model, of a failure, too; what else is said on the way goes to stderr."""
     started, stdout = time.monotonic(), sys.stdout
-    error: HfTscError | None = None
+    error: HfTscError | OSError | None = None
     with redirect_stdout(sys.stderr):
         try:
             outcome = order.run(model, output, resume=resume)
-        except HfTscError as raised:
+        except (HfTscError, OSError) as raised:
             error, outcome = raised, Outcome.of_error(model, output, raised)
     timed = replace(outcome, seconds=round(time.monotonic() - started, 1))
     print(json.dumps(timed.to_dict()), file=stdout, flush=True)
@@ -309,10 +310,12 @@ def evaluate_command(argv: Sequence[str]) -> None:
     source = model_args.resolve(rest.model)
     probe_data = data_args.open(args.probe_split, token=model_args.use_token) if args.probe_split else None
     data, result = data_args.open(token=model_args.use_token), dict[str, Any]()
+    device = working_device(use_cpu=args.use_cpu)
     if search is None or data.label_column is not None or find_caption_column(data) is not None:
         known: dict[str, Any] = {"attack": attack, "probe_data": probe_data, "options": task_args.options()}
-        result = evaluate_source(source, data, **known)
-    found = None if search is None else search_source(source, data, search, progress=sys.stderr.isatty())
+        result = evaluate_source(source, data, device=device, **known)
+    shown = sys.stderr.isatty()
+    found = None if search is None else search_source(source, data, search, device=device, progress=shown)
     if args.json:
         print(json.dumps(result | ({} if found is None else {"evidence": found})))
         return
@@ -333,9 +336,8 @@ def spec_command(argv: Sequence[str]) -> None:
         raise UsageError("MODEL is missing: name a repo id or a folder, or give --list for the known architectures")
     source = model_args.resolve(rest.model)
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    named = any(str(name).endswith("ForImageClassification") for name in config.get("architectures") or [])
-    classifier = named or "num_classes" in config  # as timm writes it, without the class of transformers
-    model, _ = load_model(source, auto_class=AutoModelForImageClassification if classifier else AutoModel)
+    auto_class = AutoModelForImageClassification if is_classifier(config) else AutoModel
+    model, _ = load_model(source, auto_class=auto_class)
     inputs = example_inputs(model)
     spec = spec_of(model, inputs)
     verification = verify(model, spec, inputs)

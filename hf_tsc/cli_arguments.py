@@ -238,6 +238,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "Split that an encoder's linear probe is fitted on."}
     )
     json: bool = field(default=False, metadata={"help": "Print JSON."})
+    use_cpu: bool = field(default=False, metadata={"help": "Work on the CPU, whatever there is."})
 
 
 @dataclass

@@ -404,6 +404,7 @@ def open_images(
     notes: tuple[str, ...] = ()
     place = "memory"
     if isinstance(dataset, str):
+        dataset = str(Path(dataset).expanduser()) if is_folder(dataset) else dataset
         try:
             commit = pin_dataset(dataset, revision, token=token)
         except HubUnavailableError:
@@ -412,7 +413,8 @@ def open_images(
         rows = load_images(dataset, token=token, **where)
         place = "folder" if Path(dataset).exists() else "hub"
     else:
-        rows, name = dataset, dataset.info.dataset_name or "dataset"
+        rows = dataset if dataset.format["type"] is None else dataset.with_format(None)
+        name = rows.info.dataset_name or "dataset"
     if len(rows) == 0:
         raise UsageError(f"{name} has no rows: expected images.")
     image, label = find_columns(rows.features, image_column=image_column, label_column=label_column)

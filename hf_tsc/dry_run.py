@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_tsc.baseline_run import BaselineRun, check_method
 from hf_tsc.baselines.registry import BASELINES
 from hf_tsc.derive import example_inputs
-from hf_tsc.hub import Source, list_repo, quiet, resolve_model
+from hf_tsc.hub import Source, list_repo, offline, quiet, resolve_model
 from hf_tsc.hub.folder import no_weights
 from hf_tsc.hub.loading import attention, bounded, making_a_model, read_config
 from hf_tsc.images import pixel_dataset
@@ -169,7 +169,7 @@ def _look(model: str, access: Access) -> tuple[Source, int, int]:
 
 def _without_weights(source: Source, auto_class: Any, weight_bytes: int) -> PreTrainedModel:
     """The model with random weights; it may not be larger than those that are stored."""
-    with quiet():
+    with quiet(), offline():
         config = read_config(source, auto_class)
         implementation = attention(config, auto_class)
         elements = weight_bytes // 2  # of two bytes each, at most

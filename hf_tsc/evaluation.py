@@ -106,6 +106,8 @@ class Evaluator:
         if isinstance(target, int) and not 0 <= target < num_classes:
             raise UsageError(f"target_label={target}: the model has the classes 0 to {num_classes - 1}")
         rows = np.arange(len(data.rows)) if indices is None else np.asarray(indices)
+        if missing := int((labels[rows] < 0).sum()):
+            raise UsageError(f"{missing} image(s) of {data.name} have a negative label: choose a split with labels")
         self.attack, self.reader = attack, reader
         self.clean = pixel_dataset(data, rows, pipeline)
         self.triggered: PixelDataset | None = None

@@ -164,6 +164,11 @@ class Measures:
         places = {"held_out": job.task.measure(data, job.work.subset.held_out, attack)}
         if test is not None:
             places["test"] = job.task.measure(test, None, attack)
+            if places["test"] is None and test.label_column is not None and data.label_column is not None:
+                raise UsageError(
+                    f"all of {data.name} is used to purify: no image is left to fit a linear probe on, by which "
+                    f"{test.name} is measured; lower the budget"
+                )
             if places["test"] is None:
                 raise UsageError(f"{test.name} has no labels: expected labelled images, to measure accuracy on them")
         return cls({place: measure for place, measure in places.items() if measure is not None})

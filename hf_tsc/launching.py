@@ -43,7 +43,11 @@ def launch(config: str, argv: Sequence[str], *, processes: int | None = None) ->
         raise UsageError(f"--num_processes {processes}: expected 1 or more")
     file = config_file(config)
     settings = _read(file)
-    count = processes or int(settings.get("num_processes", 1))
+    count = processes or settings.get("num_processes", 1)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UsageError(
+            f"--accelerate_config {file} has num_processes: {count}, expected a whole number of 1 or more"
+        )
     on_cpu = bool(settings.get("use_cpu"))
     threads = max(1, (os.cpu_count() or 1) // count) if on_cpu else 1
     options = [
@@ -59,6 +63,8 @@ def launch(config: str, argv: Sequence[str], *, processes: int | None = None) ->
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes tell what has failed
     try:
         launch_command(launch_command_parser().parse_args([*options, *program]))
+    except ValueError as error:
+        raise UsageError(f"--accelerate_config {file}: {' '.join(str(error).split())[:300]}") from error
     except ChildFailedError as error:
         return _exit_code(error.get_first_failure()[1].exitcode)
     except subprocess.CalledProcessError as error:

@@ -203,7 +203,8 @@ class Order:
             return self._is_suspect_of(report, model), ()
         except HubUnavailableError:
             note = "The Hub did not answer: it was not checked that the suspect is still at this commit."
-            return model.casefold() == str(report.suspect["repo_id"]).casefold(), (note,)
+            known = self.access.revision in (None, report.suspect["revision"])
+            return known and model.casefold() == str(report.suspect["repo_id"]).casefold(), (note,)
 
     def _is_suspect_of(self, report: PurificationReport, model: str) -> bool:
         """Whether a report is of what a model is now; the weights of a repo are not fetched for that."""
@@ -226,8 +227,10 @@ def push_result(folder: Path, push: PushOptions | None) -> Pushed | None:
     try:
         return on_main_process(lambda: push_folder(folder, push))
     except HfTscError as error:
-        left = f"The purified model is in {folder}: push it with `hf-tsc push {folder} {push.repo_id}`."
-        raise type(error)(f"{error} {left}") from error
+        command = " ".join(["hf-tsc push", str(folder), push.repo_id, *push.flags()])
+        again = type(error)(f"{error} The purified model is in {folder}: push it with `{command}`.")
+        again.everywhere = error.everywhere
+        raise again from error
 
 
 def read_models(file: Path) -> list[str]:
@@ -245,17 +248,21 @@ def read_models(file: Path) -> list[str]:
     return models
 
 
-def folders_of(models: Sequence[str], output: Path, access: Access) -> dict[str, Path]:
+def folders_of(models: Sequence[str], output: Path, order: Order) -> dict[str, Path]:
     """Where the result of each model goes.
 
     Raises:
-        UsageError: two would go to the same place.
+        UsageError: two would go to the same place, here or on the Hub.
     """
     found: dict[str, Path] = {}
+    access, pushed = order.access, dict[str, str]()
     for model in dict.fromkeys(models):
         name = access.name(model) if access.is_folder(model) else model.replace("/", "--")
         if other := [m for m, folder in found.items() if folder.name == name]:
             raise UsageError(f"{other[0]} and {model} would both go to {output / name}: purify them one by one")
+        push = order.push_of(model)
+        if push is not None and (first := pushed.setdefault(push.repo_id.casefold(), model)) != model:
+            raise UsageError(f"{first} and {model} would both be pushed to {push.repo_id}: purify them one by one")
         found[model] = output / name
     return found
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -75,15 +76,26 @@ def leave_processes() -> None:
         PartialState().destroy_process_group()
 
 
-def meet_processes(*, use_cpu: bool) -> None:
+def meet_processes(*, use_cpu: bool, timeout: int) -> None:
     """Let the processes that a launcher has started know each other, if they do not yet.
+
+    Args:
+        use_cpu: they stay off accelerators.
+        timeout: seconds that one waits for another, which may be measuring meanwhile.
 
     Raises:
         UsageError: they would train alone; see `check_world_size`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        on_cpu = use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+        PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout))
     check_world_size()
+
+
+def working_device(*, use_cpu: bool) -> torch.device:
+    """The accelerator, where there is one that may be used, or else the CPU."""
+    found = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
 
 
 def check_world_size() -> None:

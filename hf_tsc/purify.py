@@ -108,7 +108,8 @@ def purify(
     """
     started, output = time.monotonic(), Path(output_dir)
     given = None if isinstance(config, TSCConfig) else dict(config or {})
-    meet_processes(use_cpu=bool(given and given.get("use_cpu")))
+    asked = vars(config) if isinstance(config, TSCConfig) else given or {}
+    meet_processes(use_cpu=bool(asked.get("use_cpu")), timeout=asked.get("ddp_timeout", TSCConfig.ddp_timeout))
     with together():
         check_method(method, config, preset=preset, resume=resume)
         if not isinstance(attack, Attack | None):

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from hf_tsc.errors import UsageError
-from hf_tsc.evaluation import Predict, map_batches
+from hf_tsc.evaluation import Predict, Reader, map_batches
 from hf_tsc.images import PixelDataset
 from hf_tsc.objectives import Captions, Forward, features_of
 
@@ -67,6 +67,22 @@ class ZeroShot:
         prompts = [text_embeddings(forward, numbers.to(device), self.captions, blank) for numbers in self.classes]
         classes = torch.stack([F.normalize(embeddings.mean(0), dim=-1) for embeddings in prompts])
         return lambda inputs: (image_embeddings(forward, inputs, self.captions) @ classes.T).argmax(-1)
+
+
+class ReadOnce:
+    """A reader that fits once for a network that is measured on several sets of images in a row.
+
+    A probe takes longer to fit than to ask, and the weights of what is measured do not change meanwhile.
+    """
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        self.last: tuple[Forward, Predict] | None = None
+
+    def __call__(self, forward: Forward, device: str | torch.device) -> Predict:
+        if self.last is None or self.last[0] is not forward:
+            self.last = (forward, self.reader(forward, device))
+        return self.last[1]
 
 
 def image_embeddings(forward: Forward, inputs: Tensor, captions: Captions) -> Tensor:

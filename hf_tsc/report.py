@@ -167,7 +167,9 @@ class PurificationReport:
     def _eval_results(self) -> list[EvalResult]:
         """What was measured afterwards, for the Hub's `model-index`: on the test images where there were some."""
         place = "test" if "test" in self.after else "held_out"
-        found, name = self.after.get(place, {}), plain(str(self.dataset["name"]))
+        tested = (self.request or {}).get("test") or self.dataset
+        found = self.after.get(place, {})
+        name = plain(str((tested if place == "test" else self.dataset)["name"]))
         target = self.attack["target_label"] if self.attack else None
         return [
             EvalResult(
@@ -221,7 +223,7 @@ class PurificationReport:
         for name, value in options.items():
             if value is None:
                 continue
-            values = value if isinstance(value, list) else [] if value is FLAG else [value]
+            values = list(value) if isinstance(value, list | tuple) else [] if value is FLAG else [value]
             words = " ".join([f"--{name}", *map(_word, values)])
             if len(lines[-1]) + len(words) < COMMAND_WIDTH:
                 lines[-1] += f" {words}"
@@ -288,7 +290,8 @@ class PurificationReport:
 
 def _word(value: Any) -> str:
     """One argument in a shell's command that stands in a block of code."""
-    return shlex.quote(re.sub(r"[^ -~]|`", "_", str(value))[:200])
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    return shlex.quote(re.sub(r"[^ -~]|`", "_", text)[:200])
 
 
 def _percent(fraction: float) -> str:

@@ -301,6 +301,11 @@ class TSCConfig(TrainingArguments):
         epoch = math.floor(batches) if self.dataloader_drop_last else math.ceil(batches)
         return max(1, round(self.curve_epochs * epoch))
 
+    @property
+    def statistics_bytes(self) -> int | None:
+        """`statistics_memory_gb` in bytes."""
+        return None if self.statistics_memory_gb is None else round(1e9 * self.statistics_memory_gb)
+
     def check_following(self) -> None:
         """Raises UsageError where hidden states shall be followed and cannot.
 

@@ -194,7 +194,6 @@ class TSCTrainer(CurveTrainer):
     def _match(self, points: list[Params], *, maximize: bool) -> dict[str, Tensor]:
         args = self.args
         kinds: Any = args.move_spaces
-        gigabytes = args.statistics_memory_gb
         permutation = identity(self.spec) | match_networks(
             self.suspect,
             self._movable,
@@ -205,7 +204,7 @@ class TSCTrainer(CurveTrainer):
             kinds=kinds,
             max_positions=args.max_positions,
             seed=args.seed,
-            memory_limit=None if gigabytes is None else round(1e9 * gigabytes),
+            memory_limit=args.statistics_bytes,
             progress=not args.disable_tqdm and self.is_world_process_zero(),
         )
         moved = moved_fraction(permutation)
@@ -245,7 +244,8 @@ class TSCTrainer(CurveTrainer):
         if not math.isfinite(measured["loss"]):
             rate = self.args.learning_rate
             raise PurificationError(f"the loss at t={t} is not finite; lower learning_rate={rate}")
-        monitored = {name: monitor(self._forward_at(point)) for name, monitor in self.monitors.items()}
+        forward = self._forward_at(point)
+        monitored = {name: monitor(forward) for name, monitor in self.monitors.items()}
         return CurvePoint(t, measured["loss"], measured["score"], monitored)
 
     def _choose_t(self, sweep: list[CurvePoint], stage: int, *, last: bool) -> float:

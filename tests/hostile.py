@@ -241,13 +241,30 @@ RUNS_CODE = [
     both(
         "`image_processor_type` that is another class of transformers",
         sets(PROCESSOR, image_processor_type="Trainer"),
-        Refused("expected the name of an image processor", ALL),
+        Refused("expected the name of an image processor"),
     ),
     both(
         "`tokenizer_class` that is another class of transformers",
         names_a_tokenizer,
-        Refused("expected the name of a tokenizer", ALL),
+        Refused("expected the name of a tokenizer"),
     ),
+    *(
+        both(f"the same, `{key}` in config.json", sets(CONFIG, **{key: name}), Refused(f"expected the name of {what}"))
+        for key, name, what in (
+            ("image_processor_type", "ViTForImageClassification", "an image processor"),
+            ("tokenizer_class", "BertModel", "a tokenizer"),
+        )
+    ),
+    both(
+        "image processor that starts another program",
+        sets(PROCESSOR, image_processor_type="LayoutLMv3ImageProcessor"),
+        Refused("expected the name of an image processor"),
+    ),
+    *(
+        both(f"`{key}` of an image processor", sets(PROCESSOR, **{key: value}), Refused(f"has the key `{key}`"))
+        for key, value in {"repo_path": "evil/other", "class_info_file": "classes.json"}.items()
+    ),
+    both("`backbone` of another repo", sets(CONFIG, backbone="evil/other"), Refused("which names another model")),
     both(
         "card whose YAML calls a function",
         lambda w: w.write(CARD, card(f"license: !!python/object/apply:builtins.open ['{w.marker}', 'w']")),

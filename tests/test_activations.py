@@ -294,6 +294,18 @@ class TestSimilarity:
         alive = found[[0, 1, 3, 4]][:, [0, 1, 2, 4]]
         assert (alive != 0).all()
 
+    def test_constant_units_of_two_networks_correlate_with_nothing(self):
+        """In single precision, where what rounding leaves of their variance is no variance."""
+        a, b = torch.randn(2, 4000, 4, generator=torch.Generator().manual_seed(0))
+        a[:, 1], b[:, 2] = 3.3, 0.7
+        made = TapStatistics.zeros(4, torch.device("cpu"))
+        for one, other in zip(a.split(500), b.split(500), strict=True):
+            made.add(one, other)
+        found = 4 * made.similarity("correlation")
+        assert (found[1] == 0).all()
+        assert (found[:, 2] == 0).all()
+        assert found.abs().max() <= 1
+
     def test_all_dead(self):
         made = TapStatistics.zeros(3, torch.device("cpu"))
         made.add(torch.zeros(4, 3), torch.zeros(4, 3))

@@ -41,6 +41,7 @@ from hf_tsc.hub import resolve_model
 from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.job import DataArguments
 from hf_tsc.reactivation import Reactivation, reactivate
+from hf_tsc.readers import ReadOnce
 from hf_tsc.retuning import Retuning, retune
 from hf_tsc.suspects.dual_encoder import CAPTIONS
 from hf_tsc.tasks.evaluate import evaluate_source
@@ -887,7 +888,7 @@ class TestOtherKinds:
             fitted.append(forward)
             return lambda inputs: inputs
 
-        once, one, other = cells._ReadOnce(reader), object(), object()
+        once, one, other = ReadOnce(reader), object(), object()
         for forward in (one, one, other, other, one):
             once(forward, "cpu")
         assert fitted == [one, other, one]

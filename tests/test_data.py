@@ -8,7 +8,15 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
-from hf_tsc.data import check_classes, clean_subset, find_columns, indices_hash, load_images, parse_budget
+from hf_tsc.data import (
+    check_classes,
+    clean_subset,
+    find_columns,
+    indices_hash,
+    load_images,
+    open_images,
+    parse_budget,
+)
 from hf_tsc.errors import UsageError
 
 FEATURES = Features({"img": Image(), "label": ClassLabel(names=["cat", "dog"])})
@@ -265,3 +273,11 @@ class TestCleanSubset:
 def test_indices_hash_is_of_little_endian_int64():
     expected = hashlib.sha256(b"".join(i.to_bytes(8, "little") for i in (1, 5, 300))).hexdigest()
     assert indices_hash([1, 5, 300]) == indices_hash(np.array([1, 5, 300], dtype=np.int32)) == expected
+
+
+def test_a_folder_below_home(tmp_path, monkeypatch):
+    """As a program names it; a shell would have put the whole name there."""
+    small_dataset(3).save_to_disk(tmp_path / "private" / "imgs")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    described = open_images("~/private/imgs").describe()
+    assert (described["name"], described["place"], described["rows"]) == ("imgs", "folder", 3)

@@ -52,6 +52,12 @@ class TestEvaluator:
         expected = Evaluation(9, 8 / 9, n_triggered=7, attack_success_rate=5 / 7, robust_accuracy=1 / 7)
         assert result.to_dict() == pytest.approx(expected.to_dict())
 
+    def test_images_without_a_label(self, data, pipeline):
+        """As in the test splits of some data sets."""
+        rows = data.rows.remove_columns("label").add_column("label", [-1, *LABELS[1:]])
+        with pytest.raises(UsageError, match=r"1 image\(s\) of dataset have a negative label: choose a split with"):
+            Evaluator(open_images(rows, label_column="label"), pipeline, num_classes=5)
+
     def test_rate_alone(self, data, pipeline):
         evaluator = Evaluator(data, pipeline, num_classes=5, attack=ATTACK)
         assert evaluator.attack_success_rate(reader) == pytest.approx(5 / 7)

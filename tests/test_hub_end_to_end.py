@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from suspects_and_digits import classifier, digits, same, save, weights
 from transformers import AutoModelForImageClassification, pipeline
 
 from hf_tsc.cli import main
+from hf_tsc.data import open_images
 from hf_tsc.errors import UsageError
 from hf_tsc.folders import last_whole_checkpoint
-from hf_tsc.many import Access, folders_of, read_models
+from hf_tsc.hub import PushOptions
+from hf_tsc.many import Access, Order, folders_of, read_models
 
 QUICK = ["--budget", "50", "--curve_steps", "2", "--sweep_points", "3", "--use_cpu"]
 TOKEN = "hf_alice"
@@ -309,8 +312,12 @@ class TestSeveral:
         assert "model.safetensors" in repos.files("alice/clean")
 
     def test_two_results_in_one_place_are_refused(self, tmp_path):
+        order = Order(open_images(digits(0, 10)))
         with pytest.raises(UsageError, match="would both go to"):
-            folders_of(["a/b", "./a--b"], tmp_path, Access())
+            folders_of(["a/b", "./a--b"], tmp_path, order)
+        order = replace(order, push=PushOptions("me/{name}-clean"))
+        with pytest.raises(UsageError, match="a/vit and b/ViT would both be pushed to me/ViT-clean"):
+            folders_of(["a/vit", "b/ViT"], tmp_path, order)
 
     def test_a_list(self, tmp_path):
         (tmp_path / "list").write_text("\ufeff# suspects\n./a#b\n\nsomeone/vit  # the old one\n", encoding="utf-8")

@@ -7,13 +7,18 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from transformers import SiglipConfig, SiglipModel
 
+from hf_tsc.captions import CaptionTable
 from hf_tsc.errors import UsageError
 from hf_tsc.images import ImagePipeline, collate
 from hf_tsc.objectives import Captions, ImageText, sigmoid_loss, softmax_loss
 from hf_tsc.objectives.image_text import draw_captions
+from hf_tsc.readers import text_embeddings
+from hf_tsc.suspects.dual_encoder import word_tokenizer
 
 PIPELINE = ImagePipeline(tiny.processor())
+SMALL = {**tiny.TRANSFORMER, "max_position_embeddings": 12}
 LOGITS = 3 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 DISTINCT, EQUAL = torch.tensor([7, 3, 5, 2]), torch.tensor([7, 3, 7, 7])
 CAPTIONS = Captions(
@@ -91,6 +96,24 @@ class TestCaptions:
         found = CAPTIONS.inputs(torch.tensor([2, 0, 0]))
         assert found["input_ids"].tolist() == [[18, 4, 19], [18, 1, 19], [18, 1, 19]]
         assert found["attention_mask"].shape == (3, 3)
+
+    def test_columns_that_pad_in_front_stay(self):
+        """Without them each token would stand at another position."""
+        left = {name: tensor.flip(1) for name, tensor in CAPTIONS.tokens.items()}
+        found = Captions(CAPTIONS.texts, left).inputs(torch.tensor([2, 0]))
+        assert found["input_ids"].tolist() == [[0, 0, 19, 4, 18], [0, 0, 19, 1, 18]]
+
+    def test_a_caption_of_siglip_is_the_same_beside_a_longer_one(self):
+        """Whose texts are read off their last token, be it a pad."""
+        config = SiglipConfig(text_config={**SMALL, "vocab_size": 30, "projection_size": tiny.TRANSFORMER["hidden_size"]}, vision_config=SMALL)
+        model, table = SiglipModel(config).eval(), CaptionTable()
+        table.add(["a", "a photo of a very small cat on a mat"])
+        captions = table.tokenise(word_tokenizer(["a photo of a very small cat on a mat"]), model, 12)
+        assert captions.tokens.keys() == {"input_ids"}
+        blank = torch.zeros(1, 3, tiny.IMAGE, tiny.IMAGE)
+        alone, both = (text_embeddings(model, torch.tensor(n), captions, blank) for n in ([0], [0, 1]))
+        assert torch.allclose(alone[0], both[0], atol=1e-6)
+        assert not torch.allclose(both[0], both[1], atol=1e-3)
 
     def test_without_a_mask_the_length_stays(self):
         """SigLIP is trained on padded texts."""

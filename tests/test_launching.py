@@ -131,6 +131,26 @@ class TestCommand:
         assert said in capsys.readouterr().err
         assert started == []
 
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ("num_processes: null", "num_processes: None, expected a whole number of 1 or more"),
+            ("num_processes: two", "num_processes: two, expected a whole number"),
+            ("num_processes: 0\nuse_cpu: true", "num_processes: 0, expected a whole number"),
+        ],
+    )
+    def test_a_file_with_a_wrong_number(self, started, tmp_path, capsys, settings, said):
+        (tmp_path / "own.yaml").write_text(settings)
+        options = ["--accelerate_config", str(tmp_path / "own.yaml")]
+        assert main(["purify", "./x", "--output_dir", "out", *options]) == 2
+        assert said in capsys.readouterr().err
+        assert started == []
+
+    def test_a_file_that_accelerate_refuses(self, tmp_path, capsys):
+        (tmp_path / "own.yaml").write_text("distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\nnonsense: 3\n")
+        assert main(["purify", "./x", "--output_dir", "out", "--accelerate_config", str(tmp_path / "own.yaml")]) == 2
+        assert "nonsense" in capsys.readouterr().err
+
     def test_not_inside_of_processes(self, started, capsys, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "1")
         assert main(["purify", "./x", "--output_dir", "out", "--accelerate_config", "multi_cpu"]) == 2

@@ -132,6 +132,12 @@ class TestCard:
             {"target_label": 3},
         )
 
+    def test_the_model_index_names_the_data_that_the_test_images_are_of(self):
+        asked = {"test": {"name": "someone/other"}, "preset": "default", "budget": "5%", "held_out": 0.2}
+        made = attacked(request={**asked, "arguments": {}})
+        ((result,),) = (entry["results"] for entry in front_matter(str(made.card()))["model-index"])
+        assert result["dataset"] == {"name": "someone/other (test)", "type": "someone/other"}
+
     def test_dataset_and_license_of_the_hub(self):
         made = report()
         text = str(

@@ -24,12 +24,13 @@ from transformers import (
 )
 
 from hf_tsc import Attack, BadNets, PurificationReport, UsageError, purify
+from hf_tsc.captions import find_caption_column
 from hf_tsc.cli import main
 from hf_tsc.data import open_images
 from hf_tsc.hub import resolve_model
 from hf_tsc.images import ImagePipeline
 from hf_tsc.objectives import features_of
-from hf_tsc.tasks import Classification, Encoding, ImageTextMatching, Options, task_of
+from hf_tsc.tasks import Classification, Encoding, ImageTextMatching, Options, is_classifier, task_of
 from hf_tsc.tasks.evaluate import evaluate_source
 
 CONFIG = {
@@ -86,6 +87,20 @@ def run(folder: Path, output: Path, data: Dataset, **options) -> PurificationRep
 )
 def test_kind(folders, name, task):
     assert task_of(resolve_model(str(folders[name]))) is task
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"architectures": ["DeiTForImageClassificationWithTeacher"]}, True),
+        ({"architectures": ["PerceiverForImageClassificationLearned"]}, True),
+        ({"architectures": ["ViTModel"]}, False),
+        ({"architectures": None, "num_classes": 10}, True),  # timm's
+        ({}, False),
+    ],
+)
+def test_classifiers(config, found):
+    assert is_classifier(config) is found
 
 
 def test_kind_without_a_class_is_a_classifier(folders, tmp_path):
@@ -225,8 +240,21 @@ class TestRefused:
             run(folders["clip"], tmp_path / "out", captioned(0, 100, lambda label: " " if label == 3 else "a"))
 
     def test_two_columns_of_text(self, folders, tmp_path):
-        with pytest.raises(UsageError, match=r"\['caption', 'other'\] are all text; choose one"):
-            run(folders["clip"], tmp_path / "out", captioned(0, 100).add_column("other", ["a"] * 100))
+        with pytest.raises(UsageError, match=r"\['caption', 'text'\] are all text; choose one"):
+            run(folders["clip"], tmp_path / "out", captioned(0, 100).add_column("text", ["a"] * 100))
+
+    def test_names_of_files_are_no_captions_where_there_are_class_names(self):
+        rows = digits(0, 30)
+        named = rows.add_column("file_name", [f"{number}.png" for number in range(30)])
+        assert find_caption_column(open_images(named)) is None
+        assert find_caption_column(open_images(named, caption_column="file_name")) == "file_name"
+        assert find_caption_column(open_images(captioned(0, 30))) == "caption"
+        assert find_caption_column(open_images(named.remove_columns("label"))) == "file_name"
+
+    def test_a_trigger_without_class_names(self, folders):
+        rows = open_images(captioned(0, 30).remove_columns("label"))
+        with pytest.raises(UsageError, match="no labels with names: the attack success rate of a dual encoder"):
+            evaluate_source(resolve_model(str(folders["clip"])), rows, attack=ATTACK)
 
     def test_a_column_that_is_no_text(self, folders, tmp_path):
         data = open_images(digits(0, 100), caption_column="label")

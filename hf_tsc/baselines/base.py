@@ -22,6 +22,7 @@ from hf_tsc.functional import call_at, tensors_of
 from hf_tsc.images import Batches, collate
 from hf_tsc.objectives import ImageClassification, LossSettings, Objective
 from hf_tsc.permutation import Params
+from hf_tsc.processes import working_device
 from hf_tsc.seeds import derived_seed
 from hf_tsc.tsc_config import CLASSIFYING
 
@@ -143,12 +144,6 @@ class Case:
 
     def _here(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.suspect.device) for name, tensor in batch.items()}
-
-
-def working_device(*, use_cpu: bool) -> torch.device:
-    """The accelerator, where there is one that may be used, or else the CPU."""
-    found = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None else found
 
 
 def check_finite(loss: Tensor, step: int, advice: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from hf_tsc.baselines.base import Case, Point, working_device
+from hf_tsc.baselines.base import Case, Point
 from hf_tsc.baselines.registry import BASELINES, loss_config, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
 from hf_tsc.benchmark.methods import METHODS, tsc_config
@@ -21,14 +21,15 @@ from hf_tsc.benchmark.plan import TAKEN, Cell, Places
 from hf_tsc.benchmark.suspects import TASKS, attack_of, load
 from hf_tsc.captions import TEMPLATES
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
-from hf_tsc.evaluation import Evaluator, Predict, Reader, read_logits
+from hf_tsc.evaluation import Evaluator, Reader, read_logits
 from hf_tsc.functional import call_at, model_at
 from hf_tsc.hub import load_tokenizer
 from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.objectives import Forward, ImageClassification
 from hf_tsc.permutation import Params
+from hf_tsc.processes import working_device
 from hf_tsc.reactivation import Reactivation, reactivate
-from hf_tsc.readers import LinearProbe
+from hf_tsc.readers import LinearProbe, ReadOnce
 from hf_tsc.report import environment
 from hf_tsc.retuning import Retuning, retune
 from hf_tsc.suspects.dual_encoder import CAPTIONS
@@ -106,7 +107,7 @@ class _Bench:
         self.attack = attack_of(cell.suspect, cache)
         self.twin = load(cell.twin, cache)[1] if cell.twin is not None else None
         options: dict[str, Any] = {"attack": self.attack, "num_classes": _classes(images)}
-        options["reader"] = _ReadOnce(_reader(cell, images, work))
+        options["reader"] = ReadOnce(_reader(cell, images, work))
         self.evaluators = {
             name: Evaluator(images.test, self.pipeline, indices=rows_of(cell.rows[name]), **options)
             for name in ("select", "report")
@@ -218,22 +219,6 @@ def _reader(cell: Cell, images: BenchmarkImages, work: Work) -> Reader:
         names = images.train.class_names or []
         return zero_shot_reader(work.model, load_tokenizer(work.source), names, TEMPLATES)
     return read_logits
-
-
-class _ReadOnce:
-    """A reader that fits once for a network that is measured on several sets of images in a row.
-
-    A probe takes longer to fit than to ask, and the weights of what is measured do not change meanwhile.
-    """
-
-    def __init__(self, reader: Reader):
-        self.reader = reader
-        self.last: tuple[Forward, Predict] | None = None
-
-    def __call__(self, forward: Forward, device: str | torch.device) -> Predict:
-        if self.last is None or self.last[0] is not forward:
-            self.last = (forward, self.reader(forward, device))
-        return self.last[1]
 
 
 def _classes(images: BenchmarkImages) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from hf_tsc.baselines.base import working_device
 from hf_tsc.baselines.registry import BASELINES, settings_of
 from hf_tsc.benchmark.images import BenchmarkImages
 from hf_tsc.benchmark.lines import Line
@@ -20,6 +19,7 @@ from hf_tsc.benchmark.suspect_plan import SuspectPlan
 from hf_tsc.benchmark.suspects import TASKS, is_trained
 from hf_tsc.derive import example_inputs
 from hf_tsc.images import Augmentation
+from hf_tsc.processes import working_device
 from hf_tsc.tsc_config import PRESETS, TRANSFORMER_DEFAULTS
 
 PROBE_BATCH, PROBE_STEPS = 64, 3

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from hf_tsc.activations import Batch
+from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Reader, read_logits
 from hf_tsc.evidence.agreement import feature_cosine, same_class
 from hf_tsc.evidence.barrier import clean_loss, loss_barrier, parameters_of
@@ -21,7 +22,7 @@ from hf_tsc.evidence.classes import invert_classes
 from hf_tsc.evidence.encoder import features_function, invert_encoder
 from hf_tsc.evidence.settings import CLASS_SEARCH, ENCODER_SEARCH, EvidenceSettings
 from hf_tsc.functional import tensors_of
-from hf_tsc.images import collate
+from hf_tsc.images import Batches, collate
 from hf_tsc.job import Job
 from hf_tsc.objectives import FeatureDistillation, ImageClassification, Objective
 from hf_tsc.passes import match_networks
@@ -55,6 +56,8 @@ def find_triggers(
     Returns:
         See `ClassTriggers.to_dict` and `EncoderTrigger.to_dict`.
     """
+    if len(images) < 2:
+        raise UsageError(f"triggers are searched on several images, and there are {len(images)}: give more")
     order = np.random.default_rng(settings.seed).permutation(len(images))
     drawn = np.sort(order[: settings.images]).tolist()
     pixels = torch.stack([images[number]["pixels"] for number in drawn]).to(model.device)
@@ -97,7 +100,8 @@ def gather(
     reader = _reader(job)
     agreement = agreement_of(job.model, purified, held_out, kind=kind, reader=reader)
     batch_size = work.config.statistics_batch_size
-    barriers = barriers_of(job.model, purified, objective, items, held_out, spec=spec, batch_size=batch_size)
+    sizes: dict[str, Any] = {"batch_size": batch_size, "memory_limit": work.config.statistics_bytes}
+    barriers = barriers_of(job.model, purified, objective, items, held_out, spec=spec, **sizes)
     seconds = round(time.monotonic() - started, 1)
     return {"settings": asdict(settings), **found, "agreement": agreement, **barriers, "seconds": seconds}
 
@@ -124,6 +128,7 @@ def barriers_of(
     *,
     spec: PermutationSpec | None = None,
     batch_size: int = BATCH_SIZE,
+    memory_limit: int | None = None,
 ) -> dict[str, Any]:
     """The loss barrier between two models, and with a spec also that after re-aligning the second one.
 
@@ -131,6 +136,9 @@ def barriers_of(
         objective: gives the loss.
         statistics: items that BatchNorm's statistics are computed over, and that units are matched by.
         measured: items that the loss is of.
+        spec: of the two.
+        batch_size: images a forward pass.
+        memory_limit: bytes of statistics for the matching that may be held at once.
     """
     read, of = partial(_batches, suspect, batch_size=batch_size), parameters_of
     loss = clean_loss(
@@ -138,7 +146,8 @@ def barriers_of(
     )
     found = {"barrier": loss_barrier(loss, of(suspect), of(purified)).to_dict()}
     if spec is not None:
-        aligned = _aligned(suspect, purified, spec, lambda: map(objective.model_inputs, read(statistics)))
+        inputs = partial(map, objective.model_inputs)
+        aligned = _aligned(suspect, purified, spec, lambda: inputs(read(statistics)), memory_limit)
         end = {name: aligned[name] for name in of(suspect)}
         found["aligned_barrier"] = loss_barrier(loss, of(suspect), end).to_dict()
     return found
@@ -192,14 +201,17 @@ def _aligned(
     purified: PreTrainedModel,
     spec: PermutationSpec,
     inputs: Callable[[], Iterable[Batch]],
+    memory_limit: int | None,
 ) -> Params:
     """The purified model with its units in the places of those of the suspect that they are most like."""
     points = [tensors_of(suspect), tensors_of(purified)]
-    permutation = identity(spec) | match_networks(suspect, spec, inputs, points=points, maximize=True)
+    options: dict[str, Any] = {"points": points, "maximize": True, "memory_limit": memory_limit}
+    permutation = identity(spec) | match_networks(suspect, spec, inputs, **options)
     return apply(points[1], spec, permutation)
 
 
 def _batches(model: PreTrainedModel, items: Any, *, batch_size: int) -> Iterator[Batch]:
     # a generator of its own: the global random state is not touched
-    loader: Any = DataLoader(items, batch_size=batch_size, collate_fn=collate, generator=torch.Generator())
+    batches = Batches(range(len(items)), batch_size)
+    loader: Any = DataLoader(items, batch_sampler=batches, collate_fn=collate, generator=torch.Generator())
     return ({name: one.to(model.device) for name, one in batch.items()} for batch in loader)

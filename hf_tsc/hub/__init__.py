@@ -5,7 +5,7 @@ refuse every declaration that makes `transformers` read something else, load flo
 """
 
 from hf_tsc.hub.folder import check_folder, declared_license
-from hf_tsc.hub.loading import load_image_processor, load_model, load_tokenizer, quiet
+from hf_tsc.hub.loading import load_image_processor, load_model, load_tokenizer, offline, quiet
 from hf_tsc.hub.push import Pushed, PushOptions, check_push, push_folder
 from hf_tsc.hub.source import Listing, Source, is_folder, list_repo, resolve_model
 
@@ -22,6 +22,7 @@ __all__ = [
     "load_image_processor",
     "load_model",
     "load_tokenizer",
+    "offline",
     "push_folder",
     "quiet",
     "resolve_model",

@@ -41,6 +41,21 @@ _FORBIDDEN_KEYS = {
     "experts_implementation": "it can fetch a compiled kernel from the Hub; delete the key",
     "_experts_implementation": "it can fetch a compiled kernel from the Hub; delete the key",
     "checkpoint_path": "it makes timm unpickle a file; delete the key",
+    "repo_path": "it makes the image processor read from another place; delete the key",
+    "class_info_file": "it makes the image processor read another file; delete the key",
+}
+# The Auto classes call `from_pretrained` of any class in transformers that these keys name, in config.json, too.
+# OneFormer's processors read a file of another repo, those of LayoutLM start a program for reading texts.
+_PROCESSOR = re.compile(r"(?!OneFormer|LayoutLM|LayoutXLM)\w+(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
+_CLASS_NAMES = {
+    "image_processor_type": _PROCESSOR,
+    "feature_extractor_type": _PROCESSOR,
+    "tokenizer_class": re.compile(r"\w*Tokenizer(Fast)?|TokenizersBackend"),
+}
+_CLASSES = {
+    "image_processor_type": "an image processor",
+    "feature_extractor_type": "an image processor",
+    "tokenizer_class": "a tokenizer",
 }
 # What a suspect's configuration may hold and a purified one does not: kernels, pipelines and places of the suspect's.
 _NOT_KEPT = re.compile(r".*attn_implementation|custom_pipelines|_?name_or_path|_commit_hash")
@@ -71,12 +86,21 @@ def check_configs(path: Path) -> None:
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in _TEXTS):
             _check_place(file)
             check_size(file.name, file.stat().st_size, str(path))
+    check_keys(path)
+
+
+def check_keys(path: Path) -> None:
+    """Refuse what the JSON files of a folder must not say.
+
+    Raises:
+        UsageError: one line that names file and key.
+    """
     for name in (CONFIG, *PROCESSORS, TOKENIZER):
         if (path / name).is_file():
-            _check_config(path / name, bounded=name == CONFIG)
+            _check_keys(path / name, bounded=name == CONFIG)
 
 
-def _check_config(file: Path, *, bounded: bool) -> None:
+def _check_keys(file: Path, *, bounded: bool) -> None:
     for key, value in items(read_object(file)):
         if key in _FORBIDDEN_KEYS:
             raise UsageError(f"{file} has the key `{key}`: {_FORBIDDEN_KEYS[key]}.")
@@ -84,6 +108,12 @@ def _check_config(file: Path, *, bounded: bool) -> None:
             raise UsageError(
                 f"{file} has `architecture` {value!r}, which names another model: give a plain timm name."
             )
+        if key == "backbone" and isinstance(value, str):
+            raise UsageError(
+                f"{file} has `backbone` {value!r}, which names another model: give a model that is whole in itself."
+            )
+        if (pattern := _CLASS_NAMES.get(key)) and value is not None and not pattern.fullmatch(str(value)):
+            raise UsageError(f"{file} has `{key}` {value!r}: expected the name of {_CLASSES[key]}.")
         if key == "architectures" and not isinstance(value, list | None):
             raise UsageError(f"{file} has `architectures` {value!r}: expected a list of names; correct the field.")
         if bounded:

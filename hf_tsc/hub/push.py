@@ -69,6 +69,15 @@ class PushOptions:
     onto_suspect: bool = False
     token: str | None = None
 
+    def flags(self) -> list[str]:
+        """The options of the command line that say the same, besides the repo."""
+        asked = {
+            "--push_public": not self.private,
+            "--create_pr": self.create_pr,
+            "--push_onto_suspect": self.onto_suspect,
+        }
+        return [flag for flag, given in asked.items() if given]
+
 
 @dataclass(frozen=True)
 class Pushed:

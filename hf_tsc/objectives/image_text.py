@@ -23,7 +23,7 @@ class Captions:
 
     Attributes:
         texts: the captions.
-        tokens: what the text tower takes (`input_ids` and, where it has one, `attention_mask`), (captions, length)
+        tokens: what the text tower takes (`input_ids` and, where it reads one, `attention_mask`), (captions, length)
             each, int64.
         truncated: how many captions were longer than the text tower takes, and were cut.
     """
@@ -33,13 +33,13 @@ class Captions:
     truncated: int = 0
 
     def inputs(self, numbers: Tensor) -> Batch:
-        """The model inputs of some captions, by their numbers (n,); without columns that only pad."""
-        rows = {name: tensor.to(numbers.device)[numbers] for name, tensor in self.tokens.items()}
-        mask = rows.get("attention_mask")
-        if mask is None:
-            return rows
-        length = int(mask.sum(1).max())
-        return {name: tensor[:, :length] for name, tensor in rows.items()}
+        """The model inputs of some captions, by their numbers (n,); without last columns that only pad."""
+        here = numbers.cpu()
+        rows = {name: tensor[here] for name, tensor in self.tokens.items()}
+        if (mask := rows.get("attention_mask")) is not None:
+            length = int(mask.any(0).nonzero().max()) + 1
+            rows = {name: tensor[:, :length] for name, tensor in rows.items()}
+        return {name: tensor.to(numbers.device) for name, tensor in rows.items()}
 
 
 class ImageText:

@@ -93,7 +93,7 @@ def train_dual_encoder(
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     text.pad_token_id = tokenizer.pad_token_id
     model = new_model(AutoModel.from_config, config, what="dual encoder", seed=args.seed)
-    captions = table.tokenise(tokenizer, text.max_position_embeddings, ("input_ids", "attention_mask"))
+    captions = table.tokenise(tokenizer, model, text.max_position_embeddings)
     objective = ImageText(pipeline, captions, sigmoid=hasattr(model, "logit_bias"), augmentation=args.augmentation)
     dataset = CaptionedImages(images, [by_class[label] for label in labels])
 

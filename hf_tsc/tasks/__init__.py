@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoModelForZeroShotImageClassification, PretrainedConfig
@@ -22,6 +23,7 @@ __all__ = [
     "Options",
     "Task",
     "Work",
+    "is_classifier",
     "is_dual_encoder",
     "task_of",
 ]
@@ -34,12 +36,17 @@ def task_of(source: Source) -> type[Task]:
     dual encoder; every other class is an encoder. Without a class it counts as a classifier.
     """
     config: dict[str, Any] = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    classes = [str(name) for name in config.get("architectures") or []]
-    if any(name.endswith("ForImageClassification") for name in classes) or "num_classes" in config:  # the latter: timm
+    if is_classifier(config):
         return Classification
     if is_dual_encoder(_config_class(config)):
         return ImageTextMatching
-    return Encoding if classes else Classification
+    return Encoding if config.get("architectures") else Classification
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a class with a classifier wrote this config.json; timm's names its classes, not the class."""
+    named = [str(name) for name in config.get("architectures") or []]
+    return any("ForImageClassification" in name for name in named) or "num_classes" in config
 
 
 def is_dual_encoder(config: PretrainedConfig | type[PretrainedConfig] | None) -> bool:

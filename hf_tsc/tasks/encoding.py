@@ -14,7 +14,7 @@ from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.hub import Source
 from hf_tsc.images import pixel_dataset
 from hf_tsc.objectives import FeatureDistillation, LossSettings, Objective, ProjectionHead, SimCLR, features_of
-from hf_tsc.readers import LinearProbe
+from hf_tsc.readers import LinearProbe, ReadOnce
 from hf_tsc.tasks.base import Task, Work
 
 
@@ -75,7 +75,7 @@ class Encoding(Task):
         drawn = np.random.default_rng(work.config.seed).permutation(others)[: work.options.probe_images]
         probe = LinearProbe(pixel_dataset(work.data, np.sort(drawn), work.pipeline))
         classes = int(work.data.labels.max()) + 1
-        return Evaluator(data, work.pipeline, indices=rows, num_classes=classes, attack=attack, reader=probe)
+        return Evaluator(data, work.pipeline, indices=rows, num_classes=classes, attack=attack, reader=ReadOnce(probe))
 
 
 def check_pairs(work: Work) -> None:

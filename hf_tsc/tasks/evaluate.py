@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
@@ -27,7 +28,7 @@ def evaluate_source(
     attack: Attack | None = None,
     probe_data: ImageData | None = None,
     options: Options | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Accuracy, with a trigger the attack success rate, and for captioned images retrieval.
 
@@ -70,7 +71,12 @@ def evaluate_source(
 
 
 def search_source(
-    source: Source, data: ImageData, settings: EvidenceSettings, *, device: str = "cpu", progress: bool = False
+    source: Source,
+    data: ImageData,
+    settings: EvidenceSettings,
+    *,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Search any kind of model for triggers, without knowing one; see `find_triggers`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.hub import Source, load_tokenizer
 from hf_tsc.images import ImagePipeline, collate, pixel_dataset
 from hf_tsc.objectives import Captions, Forward, ImageText, LossSettings, Objective
-from hf_tsc.readers import ZeroShot, image_embeddings, text_embeddings
+from hf_tsc.readers import ReadOnce, ZeroShot, image_embeddings, text_embeddings
 from hf_tsc.tasks.base import Task, Work
 from hf_tsc.tasks.encoding import check_pairs
 
@@ -89,7 +88,7 @@ class ImageTextMatching(Task):
 def tokenised(table: CaptionTable, model: PreTrainedModel, tokenizer: Any) -> Captions:
     """All texts of a table, as long as the text tower takes them."""
     length = min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length)
-    return table.tokenise(tokenizer, length, inspect.signature(model.forward).parameters)
+    return table.tokenise(tokenizer, model, length)
 
 
 def zero_shot_reader(
@@ -157,7 +156,7 @@ def matching_measure(
     chosen = np.arange(len(data.rows)) if rows is None else rows
     if data.class_names is not None:
         reader = zero_shot_reader(model, tokenizer, data.class_names, templates)
-        options: dict[str, Any] = {"num_classes": len(data.class_names), "attack": attack, "reader": reader}
+        options: dict[str, Any] = {"num_classes": len(data.class_names), "attack": attack, "reader": ReadOnce(reader)}
         zero_shot = Evaluator(data, pipeline, indices=chosen, **options)
     column = find_caption_column(data)
     if column is not None:
@@ -165,4 +164,9 @@ def matching_measure(
         by_row = [table.add(texts) for texts in captions_of(data, column)]
         pairs = CaptionedImages(pixel_dataset(data, chosen, pipeline), [by_row[row] for row in chosen])
         retrieval = Retrieval(pairs, tokenised(table, model, tokenizer))
+    if attack is not None and zero_shot is None:
+        raise UsageError(
+            f"{data.name} has no labels with names: the attack success rate of a dual encoder is measured on its "
+            "class names (--label_column_name)"
+        )
     return MatchingMeasure(zero_shot, retrieval) if zero_shot or retrieval else None
