@@ -64,14 +64,12 @@ def load_images(
         UsageError: there is no such dataset, configuration, revision or split, or None leaves a choice.
         HubUnavailableError: the Hub did not answer, and the cache does not hold the dataset.
     """
-    path = Path(name_or_path).expanduser()
-    if is_folder(name_or_path):
-        if not path.exists():
-            raise UsageError(
-                f"The dataset {name_or_path!r} cannot be loaded: there is no such folder. Expected a folder of "
-                "images, parquet or save_to_disk; a dataset of the Hub goes by its id."
-            )
-        name_or_path = str(path)
+    path = Path(name_or_path)
+    if is_folder(name_or_path) and not path.exists():
+        raise UsageError(
+            f"The dataset {name_or_path!r} cannot be loaded: there is no such folder. Expected a folder of images, "
+            "parquet or save_to_disk; a dataset of the Hub goes by its id."
+        )
     saved = (path / SAVED_DATASET).is_file() or (path / SAVED_DATASET_DICT).is_file()
     if saved and (config_name is not None or revision is not None):
         raise UsageError(f"{name_or_path} was saved by save_to_disk: it has no config_name or revision to choose.")
@@ -404,7 +402,7 @@ def open_images(
     notes: tuple[str, ...] = ()
     place = "memory"
     if isinstance(dataset, str):
-        dataset = str(Path(dataset).expanduser()) if is_folder(dataset) else dataset
+        dataset = str(Path(dataset).expanduser()) if dataset.startswith("~") else dataset
         try:
             commit = pin_dataset(dataset, revision, token=token)
         except HubUnavailableError:

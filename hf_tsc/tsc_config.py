@@ -89,7 +89,6 @@ TRANSFORMER_FOLLOWING: dict[str, Any] = {
     "move_spaces": IN_PLACE,
     "feature_weight": 2.0,
     "feature_states": "last",
-    "curve1_t": 0.5,
     "learning_rate": 0.012,
 }
 
