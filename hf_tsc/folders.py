@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 SEAL_FILE = "tsc_checkpoint.json"  # the last file of a checkpoint: sha256 of the others
 REPORT_FILE, PLOT_FILE, CARD_FILE = "tsc_report.json", "tsc_curves.png", "README.md"
+LOCK_FILE = ".lock"
 RECORD = "suspect.json"  # of a suspect: trigger, target label, poisoned rows
 
 
@@ -48,11 +50,29 @@ def finished_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        if folder.is_dir() and any(folder.iterdir()):
+            kept = temporary.rename(folder.with_name(f"{folder.name}.{os.getpid()}"))
+            raise UsageError(f"something was put into {folder} meanwhile: what was made is in {kept}")
         if folder.is_dir():
             folder.rmdir()
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that want the same out of a folder.
+
+    Raises:
+        UsageError: one of them is there.
+    """
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"another process is writing to {folder}: wait for it, or give another output") from error
+        yield
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -209,7 +209,9 @@ class Order:
     def _is_suspect_of(self, report: PurificationReport, model: str) -> bool:
         """Whether a report is of what a model is now; the weights of a repo are not fetched for that."""
         if self.access.is_folder(model):
-            return bool(self.access.resolve(model).file_hashes == report.suspect["files"])
+            source = self.access.resolve(model)
+            known = {"files": source.file_hashes, "texts": source.texts_hash}
+            return all(report.suspect.get(name) == found for name, found in known.items())
         listing = list_repo(model, revision=self.access.revision, token=self.access.token)
         return bool(listing.revision == report.suspect["revision"])
 

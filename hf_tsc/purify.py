@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from hf_tsc.evaluation import Attack
 from hf_tsc.evidence.gather import gather
 from hf_tsc.evidence.settings import EvidenceSettings
 from hf_tsc.folders import (
+    LOCK_FILE,
     check_output,
     finished_folder,
     half_written,
     last_whole_checkpoint,
+    locked,
     write_json,
 )
 from hf_tsc.hub import Source, declared_license, load_model, quiet, resolve_model
@@ -270,6 +272,15 @@ def _work_folder(output: Path, job: Job, config: TSCConfig, *, resume: bool) -> 
         _check_same(request)
     checkpoint = on_main_process(lambda: _open_work_folder(work, request, resume=resume))
     config.output_dir = str(work)
+    with ExitStack() as stack:
+        with together():
+            if is_main_process():
+                stack.enter_context(locked(work))
+        yield from _working(work, checkpoint)
+
+
+def _working(work: Path, checkpoint: Path | None) -> Iterator[str | None]:
+    """Gives the checkpoint, and removes the folder or leaves it, as what happens then asks for."""
     try:
         yield str(checkpoint) if checkpoint else None
     except (AccuracyBudgetError, PurificationError):  # the same would happen again
@@ -300,7 +311,7 @@ def _remove(work: Path) -> None:
 def _open_work_folder(work: Path, request: dict[str, Any], *, resume: bool) -> Path | None:
     """Make the folder, or go on in it; returns the checkpoint to go on from."""
     record = work / REQUEST_FILE
-    if work.is_dir() and not record.is_file() and set(work.iterdir()) - {half_written(record)}:
+    if work.is_dir() and not record.is_file() and set(work.iterdir()) - {half_written(record), work / LOCK_FILE}:
         raise UsageError(f"{work} is not from a purification, and checkpoints go there: give another output folder")
     if work.is_dir() and not resume:
         raise UsageError(f"{work} is left from an interrupted run: go on with --resume, or remove it to start anew")
@@ -314,7 +325,7 @@ def _open_work_folder(work: Path, request: dict[str, Any], *, resume: bool) -> P
 
 def _request(job: Job, config: TSCConfig) -> dict[str, Any]:
     request = {
-        "model": job.source.file_hashes,
+        "model": {**job.source.file_hashes, "texts": job.source.texts_hash},
         "images": job.describe()["indices_hash"],
         "dataset": job.work.data.rows._fingerprint,
         "processes": number_of_processes(),
@@ -346,4 +357,5 @@ def _describe_suspect(source: Source, model: PreTrainedModel, dtype: torch.dtype
         "dtype": str(dtype).removeprefix("torch."),
         "license": declared_license(source.path),
         "files": source.file_hashes,
+        "texts": source.texts_hash,
     }

@@ -12,6 +12,7 @@ from hf_tsc.folders import (
     check_output,
     finished_folder,
     last_whole_checkpoint,
+    locked,
     seal_checkpoint,
     write_json,
     writing_checkpoint,
@@ -76,13 +77,25 @@ class TestFinishedFolder:
         assert listing(tmp_path) == {"out", "out/precious"}
 
     def test_filled_by_another_meanwhile(self, tmp_path):
-        def fill():
+        def fill(folder):
+            (folder / "made").touch()
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "precious").touch()
 
-        with pytest.raises(OSError, match="not empty"), finished_folder(tmp_path / "out"):
-            fill()
-        assert listing(tmp_path) == {"out", "out/precious"}
+        expected = r"something was put into .*out meanwhile: what was made is in .*out\.\d+"
+        with pytest.raises(UsageError, match=expected), finished_folder(tmp_path / "out") as folder:
+            fill(folder)
+        kept = f"out.{os.getpid()}"
+        assert listing(tmp_path) == {"out", "out/precious", kept, f"{kept}/made"}
+
+
+def test_a_locked_folder(tmp_path):
+    """Another opening of the file is as another process: the lock is the opening's."""
+    refused = pytest.raises(UsageError, match=r"another process is writing to .*: wait for it")
+    with locked(tmp_path), refused, locked(tmp_path):
+        pytest.fail("the block must not run")
+    with locked(tmp_path):
+        pass
 
 
 class TestWriteJson:

@@ -296,6 +296,21 @@ class TestSeveral:
         assert code == 0
         assert [line["status"] for line in lines] == ["skipped", "skipped"]
         assert "it was not checked" in lines[0]["notes"][-1]
+        code, lines, _ = run_here(capsys, *argv, "--revision", "f" * 40)
+        assert (code, [line["status"] for line in lines]) == (3, ["failed", "failed"])
+
+    def test_a_folder_whose_configuration_has_changed_is_another_suspect(self, tmp_path, capsys):
+        save(classifier("vit"), tmp_path / "vit")
+        digits(0, 60).save_to_disk(tmp_path / "digits")
+        (tmp_path / "list").write_text(str(tmp_path / "vit"))
+        argv = ["purify", "--from_file", str(tmp_path / "list"), "--dataset_name", str(tmp_path / "digits"), "--json"]
+        argv += [*QUICK, "--output_dir", str(tmp_path / "out")]
+        assert [run_here(capsys, *argv)[1][0]["status"] for _ in range(2)] == ["done", "skipped"]
+        config = tmp_path / "vit" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "layer_norm_eps": 1e-6}))
+        (line,) = run_here(capsys, *argv)[1]
+        assert line["status"] == "failed"
+        assert "holds the result of another version" in line["error"]
 
     def test_a_failed_push_leaves_the_result(self, repos, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", TOKEN)

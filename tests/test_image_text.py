@@ -105,7 +105,10 @@ class TestCaptions:
 
     def test_a_caption_of_siglip_is_the_same_beside_a_longer_one(self):
         """Whose texts are read off their last token, be it a pad."""
-        config = SiglipConfig(text_config={**SMALL, "vocab_size": 30, "projection_size": tiny.TRANSFORMER["hidden_size"]}, vision_config=SMALL)
+        config = SiglipConfig(
+            text_config={**SMALL, "vocab_size": 30, "projection_size": tiny.TRANSFORMER["hidden_size"]},
+            vision_config=SMALL,
+        )
         model, table = SiglipModel(config).eval(), CaptionTable()
         table.add(["a", "a photo of a very small cat on a mat"])
         captions = table.tokenise(word_tokenizer(["a photo of a very small cat on a mat"]), model, 12)

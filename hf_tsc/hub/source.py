@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from huggingface_hub import constants as hub_constants
 from hf_tsc.errors import HfTscError, UsageError
 from hf_tsc.folders import sha256
 from hf_tsc.hub.folder import (
+    CARD,
     CONFIG,
     LARGEST_TEXTS,
     check_configs,
@@ -27,7 +30,7 @@ from hf_tsc.hub.folder import (
 )
 from hf_tsc.hub.retry import SILENCE, HubUnavailableError, ask_hub
 
-_TEXTS = ["*.json", "*.txt", "README.md"]
+_TEXTS = ["*.json", "*.txt", CARD]
 _PATTERNS = [*_TEXTS, "*.safetensors"]
 
 
@@ -53,6 +56,14 @@ class Source:
     def name(self) -> str:
         """Repo id, or the folder's own name without its place."""
         return self.repo_id or self.path.resolve().name
+
+    @cached_property
+    def texts_hash(self) -> str:
+        """sha256 (hexadecimal) of the names and contents of what is read besides weights, the card left out."""
+        digest = hashlib.sha256()
+        for file in sorted(file for pattern in _TEXTS for file in self.path.glob(pattern) if file.name != CARD):
+            digest.update(f"{file.name}\0{sha256(file)}\n".encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
