@@ -64,7 +64,9 @@ class ANP(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if sorted(self.thresholds) != list(self.thresholds):
-            raise UsageError(f"thresholds={self.thresholds}: expected ascending numbers, of which the last that fits")
+            raise UsageError(
+                f"thresholds={self.thresholds}: expected ascending numbers: the last that keeps the accuracy counts"
+            )
 
     def gradient_evaluations(self, images: int) -> int:
         return 3 * self.steps
