@@ -114,9 +114,12 @@ class TestTables:
         assert found == {"learning_rate 0.1, move_spaces hidden qk", "learning_rate 0.2, move_spaces hidden"}
 
     def test_of_suspects(self):
-        assert rows_of(suspect_table([line(), tuned(), line(seed=1)])) == [
-            ["resnet", "badnets", "0", "79.0", "100.0", "no clean twin"],
-            ["resnet", "badnets", "1", "79.0", "100.0", "no clean twin"],
+        """One of them trained twice: its lines are of different weights."""
+        lines = [{**line(), "weights": "a"}, {**tuned(), "weights": "b"}, line(seed=1), {**tuned(), "seed": 1}]
+        lines[3]["suspect"] = lines[2]["suspect"]
+        assert rows_of(suspect_table(lines)) == [
+            ["resnet", "badnets", "0", "79.0", "100.0", "2", "no clean twin"],
+            ["resnet", "badnets", "1", "79.0", "100.0", "1", "no clean twin"],
         ]
 
     def test_numbers_are_set_to_the_right(self):

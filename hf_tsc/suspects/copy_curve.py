@@ -133,8 +133,8 @@ class CurveToCopy:
 
     def _objective(self) -> Objective:
         """The defender's; the network as it stands is his suspect."""
-        suspect = model_at(self.network, tensors_of(self.model)).eval().requires_grad_(False)
-        objective = ImageClassification.of(self.defence, self.pipeline, suspect)
+        suspect: Any = model_at(self.network, tensors_of(self.model)).eval().requires_grad_(False)
+        objective = ImageClassification.of(self.defence, self.pipeline, suspect.to(self.model.device))
         return objective if objective.hidden_states is None else following(objective, self._unmoved)
 
     @cached_property
