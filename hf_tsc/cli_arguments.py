@@ -314,8 +314,8 @@ class DemoArguments:
 
 
 _TRAINER_FIELDS = [*fields(TSCConfig), *fields(SuspectConfig)]
-# Of the Trainer, which would publish half-purified weights.
 _BY_MODEL = [f for f in fields(TSCConfig) if f.name in DEPENDING_ON_THE_MODEL]
+# Of the Trainer, which would publish half-purified weights.
 _HUB_FIELDS = [f for f in _TRAINER_FIELDS if f.name.startswith("hub_") or f.name == "push_to_hub"]
 
 

@@ -68,11 +68,16 @@ def locked(folder: Path) -> Iterator[None]:
         UsageError: one of them is there.
     """
     with (folder / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"another process is writing to {folder}: wait for it, or give another output") from error
+        lock(file.fileno(), f"another process is writing to {folder}: wait for it, or give another output")
         yield
+
+
+def lock(descriptor: int, refusal: str) -> None:
+    """Lock an open file until it is closed; raises UsageError, with these words, where another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(refusal) from error
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -22,7 +22,7 @@ from datasets import Image as DatasetImage
 from huggingface_hub import constants as hub_constants
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
@@ -326,6 +326,12 @@ class Batches(BatchSampler):
 
     def __len__(self) -> int:
         return super().__len__() - self._joined
+
+
+def in_order(items: Any, size: int) -> DataLoader:
+    """All items, collated, in their order; with a generator of its own, as the global random state is a training's."""
+    batches: Any = Batches(range(len(items)), size)
+    return DataLoader(items, batch_sampler=batches, collate_fn=collate, generator=torch.Generator())
 
 
 class Augmentation:

@@ -214,12 +214,14 @@ def config_for(
     model: PreTrainedModel, kind: type[Task], config: TSCConfig | Mapping[str, Any] | None, preset: str
 ) -> TSCConfig:
     """A whole configuration as it is, else a preset's or the family's with some fields changed."""
-    if not isinstance(config, TSCConfig) and preset == "default":
-        return TSCConfig.for_model(model, objectives=kind.objectives, **(config or {}))
-    if not isinstance(config, TSCConfig):
-        config = TSCConfig.preset(preset, **(config or {}))
-    config.check_following()
-    return config
+    if isinstance(config, TSCConfig):
+        made = config
+    elif preset == "default":
+        made = TSCConfig.for_model(model, objectives=kind.objectives, **(config or {}))
+    else:
+        made = TSCConfig.preset(preset, **(config or {}))
+    made.check_following()
+    return made
 
 
 def request_of(

@@ -19,7 +19,7 @@ from hf_tsc.activations import Batch
 from hf_tsc.batch_norm import PASSES as STATISTICS_PASSES
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
 from hf_tsc.functional import call_at, tensors_of
-from hf_tsc.images import Batches, collate
+from hf_tsc.images import Batches, collate, in_order
 from hf_tsc.objectives import ImageClassification, LossSettings, Objective
 from hf_tsc.permutation import Params
 from hf_tsc.processes import working_device
@@ -137,10 +137,7 @@ class Case:
         return self._batches(self.held_out)
 
     def _batches(self, dataset: Any) -> Iterator[Batch]:
-        # a generator of its own: the global random state is the training's
-        batches = Batches(range(len(dataset)), MEASURED_BATCH)
-        loader: Any = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=torch.Generator())
-        return (self._here(batch) for batch in loader)
+        return (self._here(batch) for batch in in_order(dataset, MEASURED_BATCH))
 
     def _here(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.suspect.device) for name, tensor in batch.items()}

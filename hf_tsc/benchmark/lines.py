@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_tsc.errors import UsageError
+from hf_tsc.folders import lock
 
 Line = dict[str, Any]
 
@@ -58,10 +58,7 @@ def open_lines(file: Path) -> Iterator[Lines]:
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{file} is being written by another benchmark: wait for it, or give another") from error
+        lock(descriptor, f"{file} is being written by another benchmark: wait for it, or give another")
         os.ftruncate(descriptor, len(_whole(file.read_bytes())))
         yield Lines(descriptor)
     finally:

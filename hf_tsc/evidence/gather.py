@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from hf_tsc.activations import Batch
@@ -22,7 +21,7 @@ from hf_tsc.evidence.classes import invert_classes
 from hf_tsc.evidence.encoder import features_function, invert_encoder
 from hf_tsc.evidence.settings import CLASS_SEARCH, ENCODER_SEARCH, EvidenceSettings
 from hf_tsc.functional import tensors_of
-from hf_tsc.images import Batches, collate
+from hf_tsc.images import in_order
 from hf_tsc.job import Job
 from hf_tsc.objectives import FeatureDistillation, ImageClassification, Objective
 from hf_tsc.passes import match_networks
@@ -99,9 +98,16 @@ def gather(
     objective = FeatureDistillation(work.pipeline, job.model) if kind is Encoding else job.task.objective()
     reader = _reader(job)
     agreement = agreement_of(job.model, purified, held_out, kind=kind, reader=reader)
-    batch_size = work.config.statistics_batch_size
-    sizes: dict[str, Any] = {"batch_size": batch_size, "memory_limit": work.config.statistics_bytes}
-    barriers = barriers_of(job.model, purified, objective, items, held_out, spec=spec, **sizes)
+    barriers = barriers_of(
+        job.model,
+        purified,
+        objective,
+        items,
+        held_out,
+        spec=spec,
+        batch_size=work.config.statistics_batch_size,
+        memory_limit=work.config.statistics_bytes,
+    )
     seconds = round(time.monotonic() - started, 1)
     return {"settings": asdict(settings), **found, "agreement": agreement, **barriers, "seconds": seconds}
 
@@ -146,8 +152,9 @@ def barriers_of(
     )
     found = {"barrier": loss_barrier(loss, of(suspect), of(purified)).to_dict()}
     if spec is not None:
-        inputs = partial(map, objective.model_inputs)
-        aligned = _aligned(suspect, purified, spec, lambda: inputs(read(statistics)), memory_limit)
+        aligned = _aligned(
+            suspect, purified, spec, lambda: map(objective.model_inputs, read(statistics)), memory_limit
+        )
         end = {name: aligned[name] for name in of(suspect)}
         found["aligned_barrier"] = loss_barrier(loss, of(suspect), end).to_dict()
     return found
@@ -205,13 +212,11 @@ def _aligned(
 ) -> Params:
     """The purified model with its units in the places of those of the suspect that they are most like."""
     points = [tensors_of(suspect), tensors_of(purified)]
-    options: dict[str, Any] = {"points": points, "maximize": True, "memory_limit": memory_limit}
-    permutation = identity(spec) | match_networks(suspect, spec, inputs, **options)
+    permutation = identity(spec) | match_networks(
+        suspect, spec, inputs, points=points, maximize=True, memory_limit=memory_limit
+    )
     return apply(points[1], spec, permutation)
 
 
 def _batches(model: PreTrainedModel, items: Any, *, batch_size: int) -> Iterator[Batch]:
-    # a generator of its own: the global random state is not touched
-    batches = Batches(range(len(items)), batch_size)
-    loader: Any = DataLoader(items, batch_sampler=batches, collate_fn=collate, generator=torch.Generator())
-    return ({name: one.to(model.device) for name, one in batch.items()} for batch in loader)
+    return ({name: one.to(model.device) for name, one in batch.items()} for batch in in_order(items, batch_size))

@@ -48,14 +48,9 @@ _FORBIDDEN_KEYS = {
 # OneFormer's processors read a file of another repo, those of LayoutLM start a program for reading texts.
 _PROCESSOR = re.compile(r"(?!OneFormer|LayoutLM|LayoutXLM)\w+(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
 _CLASS_NAMES = {
-    "image_processor_type": _PROCESSOR,
-    "feature_extractor_type": _PROCESSOR,
-    "tokenizer_class": re.compile(r"\w*Tokenizer(Fast)?|TokenizersBackend"),
-}
-_CLASSES = {
-    "image_processor_type": "an image processor",
-    "feature_extractor_type": "an image processor",
-    "tokenizer_class": "a tokenizer",
+    "image_processor_type": (_PROCESSOR, "an image processor"),
+    "feature_extractor_type": (_PROCESSOR, "an image processor"),
+    "tokenizer_class": (re.compile(r"\w*Tokenizer(Fast)?|TokenizersBackend"), "a tokenizer"),
 }
 # What a suspect's configuration may hold and a purified one does not: kernels, pipelines and places of the suspect's.
 _NOT_KEPT = re.compile(r".*attn_implementation|custom_pipelines|_?name_or_path|_commit_hash")
@@ -112,8 +107,10 @@ def _check_keys(file: Path, *, bounded: bool) -> None:
             raise UsageError(
                 f"{file} has `backbone` {value!r}, which names another model: give a model that is whole in itself."
             )
-        if (pattern := _CLASS_NAMES.get(key)) and value is not None and not pattern.fullmatch(str(value)):
-            raise UsageError(f"{file} has `{key}` {value!r}: expected the name of {_CLASSES[key]}.")
+        if key in _CLASS_NAMES and value is not None:
+            pattern, expected = _CLASS_NAMES[key]
+            if not pattern.fullmatch(str(value)):
+                raise UsageError(f"{file} has `{key}` {value!r}: expected the name of {expected}.")
         if key == "architectures" and not isinstance(value, list | None):
             raise UsageError(f"{file} has `architectures` {value!r}: expected a list of names; correct the field.")
         if bounded:
