@@ -344,6 +344,12 @@ class TestBarrier:
         found = loss_barrier(lambda point: point["x"].square().item(), start, end)
         assert (found.height, found.t) == (0.0, 0.0)
 
+    def test_a_loss_that_is_lost_on_the_way_is_no_missing_barrier(self):
+        start, end = {"x": torch.tensor([-1.0]).double()}, {"x": torch.tensor([1.0]).double()}
+        found = loss_barrier(lambda point: 1 / point["x"].item() if point["x"] else math.nan, start, end, points=5)
+        assert (found.height, found.t) == (None, 0.5)
+        assert found.losses == (-1.0, -2.0, None, 2.0, 1.0)
+
     def test_ends_of_a_model_with_batch_norm(self):
         """At the ends the loss is that of the models themselves, with statistics of these images."""
         suspect, purified = tiny.model("resnet"), tiny.model("resnet", seed=1)

@@ -8,6 +8,7 @@ function: a permuted copy of A does the same as A, behind a barrier.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,14 +30,15 @@ class Barrier:
     """What was found on the way from A (t = 0) to B (t = 1).
 
     Attributes:
-        height: of the barrier, in units of the loss; 0 where the loss nowhere lies above the straight line.
+        height: of the barrier, in units of the loss; 0 where the loss nowhere lies above the straight line, None where
+            it is not finite at some t.
         t: where.
-        losses: at evenly spread t, both ends included.
+        losses: at evenly spread t, both ends included; None for one that is not finite.
     """
 
-    height: float
+    height: float | None
     t: float
-    losses: tuple[float, ...]
+    losses: tuple[float | None, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "losses": list(self.losses)}
@@ -52,6 +54,8 @@ def loss_barrier(loss: Callable[[Params], float], start: Params, end: Params, *,
     """
     ts = torch.linspace(0, 1, points, dtype=torch.float64).tolist()
     losses = [loss({name: start[name].lerp(end[name], t) for name in start}) for t in ts]
+    if lost := [t for t, found in zip(ts, losses, strict=True) if not math.isfinite(found)]:
+        return Barrier(None, lost[0], tuple(found if math.isfinite(found) else None for found in losses))
     excess = [found - ((1 - t) * losses[0] + t * losses[-1]) for t, found in zip(ts, losses, strict=True)]
     height = max(0.0, *excess)  # rounding may leave the ends a little off 0
     return Barrier(height, ts[excess.index(height)] if height > 0 else 0.0, tuple(losses))

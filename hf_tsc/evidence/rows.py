@@ -52,4 +52,6 @@ def comparison_rows(evidence: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _barrier(found: dict[str, Any]) -> str:
+    if found["height"] is None:
+        return f"the loss is not finite at t = {found['t']:g}"
     return f"{found['height']:.3f}" + (f" at t = {found['t']:g}" if found["height"] > 0 else "")
