@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hf_tsc.hub.retry import WAITS, HubUnavailableError, ask_hub, seconds_asked,
 from hf_tsc.hub.source import is_folder
 
 SAVED_DATASET, SAVED_DATASET_DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` leaves
+MOST_SHARED = 0.01  # of the measured images, with those that were used otherwise
 # Of `datasets` and of the Hub's client, for what is missing or wrong; an IndexError for a saved dataset without rows.
 LOADING_ERRORS = (
     DatasetsError,
@@ -40,6 +41,11 @@ class CleanSubset:
 
     train: np.ndarray
     held_out: np.ndarray
+
+    @property
+    def used(self) -> np.ndarray:
+        """Both, one after the other."""
+        return np.concatenate([self.train, self.held_out])
 
 
 def load_images(
@@ -417,3 +423,38 @@ def open_images(
         raise UsageError(f"{name} has no rows: expected images.")
     image, label = find_columns(rows.features, image_column=image_column, label_column=label_column)
     return ImageData(name, rows, image, label, caption_column, config_name, place, commit, notes)
+
+
+def check_apart(measured: ImageData, used: ImageData, rows: np.ndarray, purpose: str) -> list[str]:
+    """See that images a model is measured on were not used for something else: to purify it, to fit a probe.
+
+    Images are compared as they are stored, byte by byte, or by their file where a folder holds them: copies in another
+    format or size are not seen.
+
+    Args:
+        measured: the images that are measured on, all of them.
+        used: where the others come from.
+        rows: which of them were used.
+        purpose: what for, as a message says it.
+
+    Returns:
+        A note for the report where there are some, as data sets have copies of their own; or nothing.
+
+    Raises:
+        UsageError: they are more than 1 % of those measured.
+    """
+    known = set(_stored_images(used, rows))
+    shared = sum(image in known for image in _stored_images(measured))
+    told = f"{shared} of the {len(measured.rows)} images of {measured.name} that are measured on were used {purpose}"
+    if shared > MOST_SHARED * len(measured.rows):
+        raise UsageError(f"{told}: name a split, or a part of it, without them")
+    return [f"{told}."] if shared else []
+
+
+def _stored_images(data: ImageData, rows: np.ndarray | None = None) -> Iterator[bytes | str]:
+    """A hash of each image's file, or the path of one that is not in the data set itself."""
+    column = data.rows.select_columns([data.image_column]).cast_column(data.image_column, Image(decode=False))
+    for row in column if rows is None else column.select(rows):
+        if (stored := row[data.image_column]) is None:
+            continue  # refused where it is read
+        yield stored["path"] if stored["bytes"] is None else hashlib.sha256(stored["bytes"]).digest()

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from hf_tsc.data import ImageData, clean_subset, indices_hash, open_images, parse_budget
+from hf_tsc.data import ImageData, check_apart, clean_subset, indices_hash, open_images, parse_budget
 from hf_tsc.derive import image_size
 from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack
@@ -113,12 +112,12 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """The data set and the rows that are used, for the report."""
-        train, held_out = self.work.subset.train, self.work.subset.held_out
+        subset = self.work.subset
         return {
             **self.work.data.describe(),
-            "train_indices": train.tolist(),
-            "held_out_indices": held_out.tolist(),
-            "indices_hash": indices_hash(np.concatenate([train, held_out])),
+            "train_indices": subset.train.tolist(),
+            "held_out_indices": subset.held_out.tolist(),
+            "indices_hash": indices_hash(subset.used),
             "processor_backend": type(self.work.pipeline.processor).__name__,
         }
 
@@ -148,9 +147,15 @@ class OwnScore:
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures a model on the held-out images, and on a test set where there is one."""
+    """Measures a model on the held-out images, and on a test set where there is one.
+
+    Attributes:
+        by_place: `held_out` and `test`.
+        notes: what a reader of the report should know.
+    """
 
     by_place: dict[str, Measure]
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, job: Job, test: ImageData | None, attack: Attack | None) -> Measures:
@@ -161,8 +166,9 @@ class Measures:
             )
         if test is not None and test.rows._fingerprint == data.rows._fingerprint:
             raise UsageError(f"the test images are those of {data.name} that the clean ones are drawn from")
-        places = {"held_out": job.task.measure(data, job.work.subset.held_out, attack)}
+        places, notes = {"held_out": job.task.measure(data, job.work.subset.held_out, attack)}, list[str]()
         if test is not None:
+            notes = check_apart(test, data, job.work.subset.used, "to purify")
             places["test"] = job.task.measure(test, None, attack)
             if places["test"] is None and test.label_column is not None and data.label_column is not None:
                 raise UsageError(
@@ -171,7 +177,7 @@ class Measures:
                 )
             if places["test"] is None:
                 raise UsageError(f"{test.name} has no labels: expected labelled images, to measure accuracy on them")
-        return cls({place: measure for place, measure in places.items() if measure is not None})
+        return cls({place: measure for place, measure in places.items() if measure is not None}, notes)
 
     def __call__(self, own: OwnScore, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         """By place; on the held-out images also the objective's own score, where no accuracy says the same."""

@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
 from hf_tsc.data import (
+    check_apart,
     check_classes,
     clean_subset,
     find_columns,
@@ -281,3 +282,36 @@ def test_a_folder_below_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     described = open_images("~/private/imgs").describe()
     assert (described["name"], described["place"], described["rows"]) == ("imgs", "folder", 3)
+
+
+class TestCheckApart:
+    def test_other_slices_of_one_data_set_are_apart(self, parquet):
+        used = open_images(parquet, split="train[:3]")
+        assert check_apart(open_images(parquet, split="train[3:]"), used, np.arange(3), "to purify") == []
+
+    def test_rows_that_were_not_used_do_not_count(self, parquet):
+        used = open_images(parquet, split="train")
+        assert check_apart(open_images(parquet, split="train[:2]"), used, np.array([2, 5]), "to purify") == []
+
+    def test_a_slice_that_was_used_is_refused(self, parquet):
+        used = open_images(parquet, split="train")
+        expected = "2 of the 3 images of .* that are measured on were used to purify: name a split"
+        with pytest.raises(UsageError, match=expected):
+            check_apart(open_images(parquet, split="train[:3]"), used, np.array([0, 1, 5]), "to purify")
+
+    def test_a_few_are_told(self):
+        """Data sets have copies of their own: one in a hundred is no error."""
+        measured, used = open_images(small_dataset(100)), open_images(small_dataset(101).select([100, 7]))
+        told = check_apart(measured, used, np.arange(2), "to purify")
+        assert told == ["1 of the 100 images of dataset that are measured on were used to purify."]
+
+    def test_files_of_a_folder(self, tmp_path):
+        for name in ("cat", "dog"):
+            (tmp_path / name).mkdir()
+            for i in range(3):
+                PILImage.new("RGB", (4, 4)).save(tmp_path / name / f"{i}.png")
+        data = open_images(str(tmp_path))
+        half = open_images(data.rows.select([3, 4, 5]))
+        assert check_apart(half, data, np.arange(3), "to purify") == []  # alike to look at, but other files
+        with pytest.raises(UsageError, match="1 of the 3 images"):
+            check_apart(half, data, np.arange(4), "to purify")

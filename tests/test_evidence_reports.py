@@ -187,7 +187,8 @@ class TestCard:
         aligned = {"height": 0.0, "t": 0.0, "losses": [0.1, 0.1]}
         assert "| loss barrier, units re-aligned | 0.000 |" in self.text(aligned_barrier=aligned)
         lost = {"height": None, "t": 0.5, "losses": [0.1, None]}
-        assert "| loss barrier, units re-aligned | the loss is not finite at t = 0.5 |" in self.text(aligned_barrier=lost)
+        text = self.text(aligned_barrier=lost)
+        assert "| loss barrier, units re-aligned | the loss is not finite at t = 0.5 |" in text
 
     def test_without_evidence_nothing_is_said_of_it(self):
         text = str(report().card())

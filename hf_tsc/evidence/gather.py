@@ -90,7 +90,7 @@ def gather(
     """
     started, kind, work = time.monotonic(), type(job.task), job.work
     items, held_out = job.task.items(work.subset.train), job.task.items(work.subset.held_out)
-    images = job.task.items(np.concatenate([work.subset.train, work.subset.held_out]))
+    images = job.task.items(work.subset.used)
     found = {
         name: find_triggers(model, kind, images, settings, progress=progress, title=f"Searching {words} for triggers")
         for name, words, model in (("before", "suspect", job.model), ("after", "result", purified))

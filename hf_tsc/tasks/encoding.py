@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModel, PreTrainedModel
 
-from hf_tsc.data import ImageData
+from hf_tsc.data import ImageData, check_apart
 from hf_tsc.derive import example_inputs
 from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack, Evaluator
@@ -66,14 +66,15 @@ class Encoding(Task):
         work = self.work
         if data.label_column is None or work.data.labels is None:
             return None
-        used = np.concatenate([work.subset.train, work.subset.held_out])
-        others = np.setdiff1d(np.arange(len(work.data.rows)), used)
+        others = np.setdiff1d(np.arange(len(work.data.rows)), work.subset.used)
         if len(others) == 0:
             note = "All clean images were used to purify: none was left to fit a linear probe on."
             self.notes += [note] if note not in self.notes else []
             return None
-        drawn = np.random.default_rng(work.config.seed).permutation(others)[: work.options.probe_images]
-        probe = LinearProbe(pixel_dataset(work.data, np.sort(drawn), work.pipeline))
+        drawn = np.sort(np.random.default_rng(work.config.seed).permutation(others)[: work.options.probe_images])
+        if data is not work.data:
+            self.notes += check_apart(data, work.data, drawn, "to fit the linear probe")
+        probe = LinearProbe(pixel_dataset(work.data, drawn, work.pipeline))
         classes = int(work.data.labels.max()) + 1
         return Evaluator(data, work.pipeline, indices=rows, num_classes=classes, attack=attack, reader=ReadOnce(probe))
 

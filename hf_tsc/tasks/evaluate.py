@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_tsc.data import ImageData
+from hf_tsc.data import ImageData, check_apart
 from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.evidence.gather import find_triggers
@@ -109,8 +109,7 @@ def _probed(
     labels = probe_data.labels
     if labels is None:
         raise UsageError(f"{probe_data.name} has no label column: a linear probe is fitted on labels")
-    if probe_data.rows._fingerprint == data.rows._fingerprint:
-        raise UsageError("the probe would be fitted on the images that are measured: name another --probe_split")
-    rows = np.random.default_rng(0).permutation(len(probe_data.rows))[: options.probe_images]
-    probe = LinearProbe(pixel_dataset(probe_data, np.sort(rows), pipeline))
+    rows = np.sort(np.random.default_rng(0).permutation(len(probe_data.rows))[: options.probe_images])
+    check_apart(data, probe_data, rows, "to fit the linear probe (--probe_split)")
+    probe = LinearProbe(pixel_dataset(probe_data, rows, pipeline))
     return Evaluator(data, pipeline, num_classes=int(labels.max()) + 1, attack=attack, reader=probe)
