@@ -28,6 +28,7 @@ from hf_tsc.activations import Batch
 from hf_tsc.batch_norm import PASSES as STATISTICS_PASSES
 from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve import CurveModel
+from hf_tsc.derive import example_inputs
 from hf_tsc.errors import CheckpointError, PurificationError, UsageError
 from hf_tsc.folders import seal_checkpoint, writing_checkpoint
 from hf_tsc.functional import call_at
@@ -36,6 +37,7 @@ from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, Objective
 from hf_tsc.permutation import Params
 from hf_tsc.processes import number_of_processes, rank, together
+from hf_tsc.relative_rate import rate_factor, scale_rate, weights_before_batch_norm
 from hf_tsc.seeds import derived_seed
 from hf_tsc.synced_batch_norm import SyncedBatchNorm
 from hf_tsc.tsc_config import SCHEDULES, TSCConfig
@@ -52,6 +54,7 @@ class CurveTrainer(ObjectiveTrainer):
 
     Attributes:
         seconds_before: what a resumed training had taken until its checkpoint was written.
+        rate_factor: of the rate of the weights before a BatchNorm; 1 without `relative_rate`.
 
     Raises:
         UsageError: the model would be sharded in a way that curves do not know.
@@ -86,6 +89,8 @@ class CurveTrainer(ObjectiveTrainer):
             callbacks=callbacks,
         )
         check_sharding(self.accelerator, args, objective)
+        self._scaled = weights_before_batch_norm(network, example_inputs(network)) if args.relative_rate else []
+        self.rate_factor = rate_factor([network.get_parameter(name) for name in self._scaled])
         network.to(args.device)  # type: ignore[arg-type]
         self.suspect = network
         self.segment_steps = args.segment_steps(len(train_dataset))  # type: ignore[arg-type]
@@ -177,6 +182,15 @@ class CurveTrainer(ObjectiveTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All trained ones, as in the paper; the Trainer would leave out biases and norms, by their names."""
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """With `relative_rate`, the weights before a BatchNorm have a group with a rate of their own."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        trained = [bend for name, bend in self.curve.bend.items() if name in self._scaled and bend.requires_grad]
+        if created and trained:
+            scale_rate(optimizer, trained, self.rate_factor)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
         """The schedule starts anew at every segment and reaches 0 at its end."""

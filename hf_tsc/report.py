@@ -32,7 +32,7 @@ SETTINGS = (
     "rounds", "stages", "objective", "temperature", "teacher_view", "teacher_errors", "feature_weight",
     "feature_states", "mixup_alpha", "augmentation", "batch_norm_images", "matching", "move_spaces", "move_towers",
     "train_towers", "curve1_window", "curve1_t", "curve2_window", "curve2_t", "curve_epochs", "curve_steps", "optim",
-    "learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size",
+    "learning_rate", "rate_factor", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_accuracy_drop", "seed",
 )  # fmt: skip
 COMMAND_WIDTH = 100

@@ -71,6 +71,7 @@ BATCH_NORM_DEFAULTS: dict[str, Any] = {
     "optim": "sgd",
     "optim_args": "momentum=0.9",
     "learning_rate": 0.7,
+    "relative_rate": True,
 }
 TRANSFORMER_DEFAULTS: dict[str, Any] = {
     **COMMON_DEFAULTS,
@@ -149,6 +150,12 @@ class TSCConfig(TrainingArguments):
     statistics_memory_gb (`float`, *optional*): hold at most so many gigabytes of statistics for the matching at once,
         and read the images in several passes where they take more; None for no limit. Between two networks half of it
         is for the matrices, and the rest for activations.
+
+    > Parameters that control the steps, beside those of `TrainingArguments`
+
+    relative_rate (`bool`): for SGD, the rate of layers before a BatchNorm grows with the mean square of their weights
+        (see `hf_tsc.relative_rate`). A factor for all of these weights changes nothing that the network does, and a
+        step of the same rate would move it less. Default with BatchNorm, unless a learning rate is given.
 
     > Parameters that control the loss
 
@@ -249,6 +256,9 @@ class TSCConfig(TrainingArguments):
     optim: str = field(default="sgd", metadata={"help": "The optimizer of the bend."})
     optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Options of the optimizer."})
     learning_rate: float = field(default=0.1, metadata={"help": "Rate on the bend; acts at a quarter at most."})
+    relative_rate: bool = field(
+        default=False, metadata={"help": "SGD's rate before a BatchNorm in proportion to the weights' mean square."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of each curve."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for none."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images a step and device."})
@@ -285,6 +295,8 @@ class TSCConfig(TrainingArguments):
         usual = family["objective"] if family["objective"] in objectives else objectives[0]
         objective = overrides.get("objective", usual)
         chosen = {"objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides}
+        if "learning_rate" in overrides or "optim" in overrides:
+            chosen = {"relative_rate": False, **chosen}  # a rate that is given is meant as it is
         following = {**family, **chosen}
         if not (_has_hidden_states(following) and following["feature_weight"]):
             following = {**family_defaults(model, following=False), **chosen}
@@ -349,6 +361,10 @@ class TSCConfig(TrainingArguments):
             raise UsageError(
                 f"move_towers={self.move_towers}, train_towers={self.train_towers}: at least one tower must be "
                 "trained, and one that moves must be, as nothing else holds its curve together"
+            )
+        if self.relative_rate and self.optim != "sgd":
+            raise UsageError(
+                f"relative_rate with optim={self.optim}: only SGD's steps turn large weights less; leave it out"
             )
         if not (math.isfinite(self.feature_weight) and self.feature_weight >= 0):
             raise UsageError(f"feature_weight={self.feature_weight}: expected 0 (none) or a positive number")

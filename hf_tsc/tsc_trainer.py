@@ -325,13 +325,18 @@ class TSCTrainer(CurveTrainer):
         evaluations = self.state.max_steps * self.args.gradient_accumulation_steps
         return PurificationReport(
             spec=summarise_spec(self.spec, self.verification.error, self.verification.control),
-            arguments=reported_arguments(self.args),
+            arguments=self.reported_arguments(),
             curves=[curve.to_dict() for curve in self.curves],
             score_name=self.objective.score_name,
             environment=environment(self.args.device),
             cost={"gradient_evaluations": evaluations, **cost},
             **further,
         )
+
+    def reported_arguments(self) -> dict[str, Any]:
+        """The arguments as a report gives them, and what became of a `relative_rate`."""
+        found = {"rate_factor": round(self.rate_factor, 4)} if self.args.relative_rate else {}
+        return {**reported_arguments(self.args), **found}
 
     def _report_of_a_folder(self, folder: Path, dataset_name: str) -> PurificationReport:
         """What a trainer alone knows of a purification that is saved in a folder."""

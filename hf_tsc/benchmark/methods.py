@@ -22,7 +22,7 @@ from hf_tsc.baselines.registry import BASELINES, Outcome, run_baseline, settings
 from hf_tsc.curve_result import CurveResult
 from hf_tsc.errors import UsageError
 from hf_tsc.permutation import Params
-from hf_tsc.tsc_config import TSCConfig, reported_arguments
+from hf_tsc.tsc_config import TSCConfig
 from hf_tsc.tsc_trainer import TSCTrainer
 
 PERMUTATIONS = ("matched", "identity", "random")
@@ -71,7 +71,7 @@ def run_tsc(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
             permutation=permutation,
         )
         trainer.train()
-        return Outcome(trainer.state.max_steps, {**reported_arguments(config), "permutation": permutation})
+        return Outcome(trainer.state.max_steps, {**trainer.reported_arguments(), "permutation": permutation})
 
 
 def tsc_config(

@@ -1,0 +1,78 @@
+"""Learning rates in proportion to the size of weights, where a network does not depend on that size.
+
+What a BatchNorm makes of a layer stays the same when the layer's weights w are multiplied by c > 0, but for the
+BatchNorm's epsilon. The gradient is divided by c, so that a step of SGD turns the weights as one of a c²-th of the
+rate (van Laarhoven 2017, hf.co/papers/1706.05350): a rate that purifies one network leaves the backdoor in another
+that does the same with larger weights, of a training with less weight decay. With a rate in proportion to |w|², steps
+are the same in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+REFERENCE = 0.24  # size of the weights of the ResNets that the default rate was searched on (docs/results.md)
+
+
+@torch.no_grad()
+def weights_before_batch_norm(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
+    """Names of the weights of convolutions and linear layers whose output a BatchNorm takes as it is.
+
+    Args:
+        model: in eval mode.
+        inputs: of its forward.
+    """
+    made: list[tuple[Tensor, str]] = []  # kept, as another tensor could take the place of one that is gone
+    found: dict[str, None] = {}
+    handles = []
+
+    def make(name: str) -> Any:
+        return lambda _module, _inputs, output: made.append((output, name))
+
+    def take(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        found.update({f"{name}.weight": None for output, name in made if output is given[0]})
+
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            handles.append(module.register_forward_hook(make(name)))
+        elif isinstance(module, _BatchNorm):
+            handles.append(module.register_forward_pre_hook(take))
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found)
+
+
+def rate_factor(weights: list[Tensor]) -> float:
+    """The geometric mean of |w|² over all units, w (inputs of a unit) its weights, as a multiple of the reference.
+
+    Args:
+        weights: of layers, (units, ...); 1 without any. Units without weights (0) do not count.
+    """
+    sizes = torch.cat([torch.ones(0), *(w.detach().double().flatten(1).square().sum(1).cpu() for w in weights)])
+    sizes = sizes[sizes > 0]
+    return float(sizes.log().mean().exp()) / REFERENCE if len(sizes) else 1.0
+
+
+def scale_rate(optimizer: Optimizer, parameters: list[nn.Parameter], factor: float) -> None:
+    """Give some of an optimizer's parameters a group of their own, of a rate that is `factor` times as high.
+
+    Args:
+        optimizer: without a state yet; changed.
+        parameters: all in one of its groups.
+        factor: of the rate.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    group = next(group for group in optimizer.param_groups if any(id(p) in chosen for p in group["params"]))
+    own = [parameter for parameter in group["params"] if id(parameter) in chosen]
+    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+    optimizer.add_param_group({**group, "params": own, "lr": factor * group["lr"]})
