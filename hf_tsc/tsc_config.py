@@ -155,7 +155,7 @@ class TSCConfig(TrainingArguments):
 
     relative_rate (`bool`): for SGD, the rate of layers before a BatchNorm grows with the mean square of their weights
         (see `hf_tsc.relative_rate`). A factor for all of these weights changes nothing that the network does, and a
-        step of the same rate would move it less. Default with BatchNorm, unless a learning rate is given.
+        step of the same rate would move it less.
 
     > Parameters that control the loss
 
@@ -295,8 +295,8 @@ class TSCConfig(TrainingArguments):
         usual = family["objective"] if family["objective"] in objectives else objectives[0]
         objective = overrides.get("objective", usual)
         chosen = {"objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides}
-        if "learning_rate" in overrides or "optim" in overrides:
-            chosen = {"relative_rate": False, **chosen}  # a rate that is given is meant as it is
+        if overrides.get("optim", "sgd") != "sgd":
+            chosen = {"relative_rate": False, **chosen}
         following = {**family, **chosen}
         if not (_has_hidden_states(following) and following["feature_weight"]):
             following = {**family_defaults(model, following=False), **chosen}

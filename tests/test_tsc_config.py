@@ -58,6 +58,20 @@ class TestPresets:
         defaults = family_defaults(tiny.model(family))
         assert all(getattr(made, name) == value for name, value in defaults.items())
 
+    @pytest.mark.parametrize(
+        ("family", "changes", "relative"),
+        [
+            ("resnet", {"learning_rate": 0.1}, True),
+            ("resnet", {"relative_rate": False}, False),
+            ("resnet", {"optim": "adamw_torch", "optim_args": None}, False),
+            ("vit", {}, False),
+            ("vit", {"optim": "sgd", "relative_rate": True}, True),
+        ],
+    )
+    def test_relative_rate(self, family, changes, relative, tmp_path):
+        fixed = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+        assert TSCConfig.for_model(tiny.model(family), **fixed, **changes).relative_rate == relative
+
     @pytest.mark.parametrize("family", ["resnet", "vit"])
     @pytest.mark.parametrize(
         "changes", [{"objective": "cross_entropy"}, {"move_spaces": ["residual"]}, {"feature_weight": 0.0}]
@@ -92,6 +106,7 @@ class TestChecks:
             ({"feature_weight": float("nan")}, "feature_weight=nan"),
             ({"feature_states": "first"}, "feature_states='first': expected one of all, last"),
             ({"batch_norm_images": "dirty"}, "batch_norm_images='dirty': expected one of training, clean"),
+            ({"relative_rate": True, "optim": "adamw_torch"}, "relative_rate with optim=.*: only SGD's steps"),
             ({"stages": 3}, r"stages=3: expected 1 \(first curve only\) or 2 \(both\)"),
             ({"rounds": 0}, "rounds=0, .*: that makes no optimisation step"),
             ({"curve_epochs": 0.0}, "curve_epochs=0.0, curve_steps=-1: that makes no optimisation step"),

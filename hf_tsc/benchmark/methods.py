@@ -81,6 +81,8 @@ def tsc_config(
     given = {name: value for name, value in settings.items() if name not in ("preset", "permutation")} | options
     preset = settings.get("preset", "default")
     if preset == "default":
+        if "learning_rate" in given:
+            given = {"relative_rate": False, **given}  # a plan that names a rate means it as it is
         return TSCConfig.for_model(suspect, objectives=objectives, **given)
     return TSCConfig.preset(preset, **given)
 
