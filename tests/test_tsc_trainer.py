@@ -42,7 +42,7 @@ def config(folder, **changes) -> TSCConfig:
 def trainer(folder, family="vit", *, model=None, callbacks=None, monitors=None, **changes) -> TSCTrainer:
     return TSCTrainer(
         model if model is not None else tiny.model(family),
-        config(folder, **changes),
+        config(folder, **{"relative_rate": family == "resnet", **changes}),
         train_dataset=tiny.digits(0, 16),
         eval_dataset=tiny.digits(16, 32),
         processing_class=tiny.processor(),
@@ -65,10 +65,11 @@ class Recorder(TrainerCallback):
     """What every step was taken with, and what it left."""
 
     def __init__(self):
-        self.rates, self.points, self.momenta, self.curves = [], [], [], []
+        self.rates, self.scaled, self.points, self.momenta, self.curves = [], [], [], [], []
 
     def on_pre_optimizer_step(self, args, state, control, *, model, optimizer, **kwargs):
         self.rates.append(optimizer.param_groups[0]["lr"])
+        self.scaled.append([group["lr"] for group in optimizer.param_groups[2:]])
         self.points.append(self.trainer.curve.t)
         self.curves.append({name: t.clone() for name, t in self.trainer.curve.start.items()})
 
@@ -145,6 +146,12 @@ class TestCourse:
     def test_the_schedule_starts_anew_at_every_segment(self, run):
         closed = [0.1 * 0.5 * (1 + math.cos(math.pi * (step % STEPS) / STEPS)) for step in range(LAST)]
         assert run[5].rates == pytest.approx(closed)
+
+    def test_weights_before_a_batch_norm_have_a_rate_of_their_own(self, run):
+        family, _, _, _, made, recorder = run
+        scaled = [[made.rate_factor * rate] if family == "resnet" else [] for rate in recorder.rates]
+        assert recorder.scaled == [pytest.approx(rates) for rates in scaled]
+        assert (made.rate_factor != 1) == (family == "resnet")
 
     def test_no_momentum_across_a_boundary(self, run):
         trained = len(run[4].curve.bend)
@@ -241,6 +248,34 @@ class TestResult:
         with pytest.raises(PurificationError, match="training stands at step 0 of 12: there is no purified model yet"):
             made.save_model(str(tmp_path / "purified"))
         assert not (tmp_path / "purified").exists()
+
+
+class TestRelativeRate:
+    def test_a_network_of_larger_weights_is_purified_alike(self, tmp_path):
+        """Convolutions of three times the weights do the same, and so does what comes out; not at a plain rate."""
+        plain, large = self.losses(tmp_path, 1.0), self.losses(tmp_path, 3.0)
+        assert large == pytest.approx(plain, rel=1e-3)
+        assert self.losses(tmp_path, 3.0, relative_rate=False) != pytest.approx(plain, rel=1e-2)
+
+    def losses(self, folder, factor, **changes):
+        """Along a curve, of a network whose convolutions have `factor` times the weights, and which does the same."""
+        model = tiny.model("resnet")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor if parameter.ndim == 4 else 1.0)
+            for layer in model.modules():
+                if isinstance(layer, nn.BatchNorm2d):
+                    layer.eps = 1e-12  # alone is not in proportion
+                    layer.running_mean *= factor
+                    layer.running_var *= factor**2
+        made = trainer(folder, "resnet", model=model, rounds=1, stages=1, sweep_points=5, **changes)
+        made.train()
+        return [point.loss for point in made.curves[0].sweep]
+
+    def test_the_report_says_the_factor(self, run):
+        family, _, _, _, made, _ = run
+        told = made.reported_arguments()
+        assert told.get("rate_factor") == (round(made.rate_factor, 4) if family == "resnet" else None)
 
 
 class TestResume:
