@@ -9,7 +9,7 @@ are the same in both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def weights_before_batch_norm(model: nn.Module, inputs: Mapping[str, Tensor]) ->
     return list(found)
 
 
-def rate_factor(weights: list[Tensor]) -> float:
+def rate_factor(weights: Sequence[Tensor]) -> float:
     """The geometric mean of |w|² over all units, w (inputs of a unit) its weights, as a multiple of the reference.
 
     Args:
@@ -63,7 +63,7 @@ def rate_factor(weights: list[Tensor]) -> float:
     return float(sizes.log().mean().exp()) / REFERENCE if len(sizes) else 1.0
 
 
-def scale_rate(optimizer: Optimizer, parameters: list[nn.Parameter], factor: float) -> None:
+def scale_rate(optimizer: Optimizer, parameters: Sequence[Tensor], factor: float) -> None:
     """Give some of an optimizer's parameters a group of their own, of a rate that is `factor` times as high.
 
     Args:

@@ -32,7 +32,8 @@ A plan is a YAML file:
         seeds: [0]
         budget: 1400            # clean images
         method: fine_tuning     # or tsc, or another baseline (docs/baselines.md)
-        settings: {steps: 800, learning_rate: 0.1}   # of tsc also `preset` and `permutation`
+        settings: {steps: 800, learning_rate: 0.1}   # of tsc also `preset` and `permutation`; a rate that is named
+                                                     # is not relative, unless `relative_rate` is true
         grid: {learning_rate: [0.01, 0.1]}      # every combination, on top of the settings
         points: [0.5, 1.0]      # where the path is measured on select; 0, 0.1, ... 1 by default
         report: [0.5]           # where it is also measured on report; `taken` is the point that the method takes
