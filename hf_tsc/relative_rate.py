@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+ALIVE = 1e-3
 REFERENCE = 0.24  # size of the weights of the ResNets that the default rate was searched on (docs/results.md)
 
 
@@ -56,11 +57,12 @@ def rate_factor(weights: Sequence[Tensor]) -> float:
     """The geometric mean of |w|² over all units, w (inputs of a unit) its weights, as a multiple of the reference.
 
     Args:
-        weights: of layers, (units, ...); 1 without any. Units without weights (0) do not count.
+        weights: of layers, (units, ...); 1 without any. Units that weight decay has emptied, with less than a
+            thousandth of what their layer has on average, do not count.
     """
-    sizes = torch.cat([torch.ones(0), *(w.detach().double().flatten(1).square().sum(1).cpu() for w in weights)])
-    sizes = sizes[sizes > 0]
-    return float(sizes.log().mean().exp()) / REFERENCE if len(sizes) else 1.0
+    sizes = [w.detach().double().flatten(1).square().sum(1).cpu() for w in weights]
+    alive = torch.cat([torch.ones(0), *(size[size > ALIVE * size.mean()] for size in sizes)])
+    return float(alive.log().mean().exp()) / REFERENCE if len(alive) else 1.0
 
 
 def scale_rate(optimizer: Optimizer, parameters: Sequence[Tensor], factor: float) -> None:

@@ -80,7 +80,7 @@ class TestRateFactor:
 
     def test_without_weights_or_with_dead_ones(self):
         assert rate_factor([]) == rate_factor([torch.zeros(3, 2)]) == 1.0
-        assert rate_factor([torch.tensor([[0.0], [1.0]])]) == pytest.approx(1 / REFERENCE)
+        assert rate_factor([torch.tensor([[0.0], [1e-3], [1.0]])]) == pytest.approx(1 / REFERENCE)
 
 
 class TestTraining:
