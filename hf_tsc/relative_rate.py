@@ -46,7 +46,8 @@ def weights_before_batch_norm(model: nn.Module, inputs: Mapping[str, Tensor]) ->
         elif isinstance(module, _BatchNorm):
             handles.append(module.register_forward_pre_hook(take))
     try:
-        model(**inputs)
+        like = next(model.parameters())
+        model(**{name: x.to(like if x.is_floating_point() else like.device) for name, x in inputs.items()})
     finally:
         for handle in handles:
             handle.remove()

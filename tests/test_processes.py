@@ -130,7 +130,7 @@ def new_model(family: str) -> Any:
 CASES: dict[str, tuple[str, Callable[[Any], Objective], dict[str, Any]]] = {
     "vit": ("vit", plain, {}),
     "vit_augmented": ("vit", augmented, {"max_positions": 3, "max_accuracy_drop": 100.0}),
-    "resnet": ("resnet", distilled, {"sync_batch_norm": True, "learning_rate": 0.02}),
+    "resnet": ("resnet", distilled, {"sync_batch_norm": True, "learning_rate": 0.02, "relative_rate": True}),
     "resnet_followed": (
         "resnet",
         followed,
@@ -142,7 +142,7 @@ CASES: dict[str, tuple[str, Callable[[Any], Objective], dict[str, Any]]] = {
     "simclr": ("encoder", told_apart, {"statistics_batch_size": IMAGES, "stages": 1}),
     "features": ("encoder", repeated, {"statistics_batch_size": IMAGES, "stages": 1, "learning_rate": 1e-3}),
 }
-SHARDED = ("vit", "clip")
+SHARDED = ("vit", "clip", "resnet")
 RESUMED = {"vit": (1, 2), "resnet": (2, 3)}  # in the middle of a curve, and on a boundary
 
 

@@ -386,7 +386,8 @@ class TestAccumulation:
 
 class TestPaperPreset:
     def test_the_optimizer_is_the_papers(self, tmp_path):
-        changes = {name: value for name, value in PAPER_PRESET.items() if name not in ("rounds", "curve_epochs")}
+        changes = {**PAPER_PRESET, "relative_rate": False}
+        del changes["rounds"], changes["curve_epochs"]
         made, recorder = recorded(tmp_path, "resnet", **{**changes, "per_device_train_batch_size": 8}, rounds=1)
         groups = [group for group in made.optimizer.param_groups if group["params"]]
         assert len(groups) == 1
