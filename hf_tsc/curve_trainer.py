@@ -54,7 +54,7 @@ class CurveTrainer(ObjectiveTrainer):
 
     Attributes:
         seconds_before: what a resumed training had taken until its checkpoint was written.
-        rate_factor: of the rate of the weights before a BatchNorm; 1 without `relative_rate`.
+        rate_factor: of the rate of the weights before a BatchNorm; 1 without `relative_rate` or such weights.
 
     Raises:
         UsageError: the model would be sharded in a way that curves do not know.
@@ -89,7 +89,8 @@ class CurveTrainer(ObjectiveTrainer):
             callbacks=callbacks,
         )
         check_sharding(self.accelerator, args, objective)
-        self._scaled = weights_before_batch_norm(network, example_inputs(network)) if args.relative_rate else []
+        found = weights_before_batch_norm(network, example_inputs(network)) if args.relative_rate else []
+        self._scaled = [name for name in found if curve.bend[name].requires_grad]
         self.rate_factor = rate_factor([network.get_parameter(name) for name in self._scaled])
         network.to(args.device)  # type: ignore[arg-type]
         self.suspect = network
@@ -187,9 +188,9 @@ class CurveTrainer(ObjectiveTrainer):
         """With `relative_rate`, the weights before a BatchNorm have a group with a rate of their own."""
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        trained = [bend for name, bend in self.curve.bend.items() if name in self._scaled and bend.requires_grad]
-        if created and trained:
-            scale_rate(optimizer, trained, self.rate_factor)
+        if created and self._scaled:
+            bend = self.curve.bend
+            scale_rate(optimizer, [bend[name] for name in self._scaled], self.rate_factor)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:

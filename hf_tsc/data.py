@@ -428,8 +428,8 @@ def open_images(
 def check_apart(measured: ImageData, used: ImageData, rows: np.ndarray, purpose: str) -> list[str]:
     """See that images a model is measured on were not used for something else: to purify it, to fit a probe.
 
-    Images are compared as they are stored, byte by byte, or by their file where a folder holds them: copies in another
-    format or size are not seen.
+    Images are compared as they are stored, byte by byte, or by the path of their file where a folder holds them:
+    copies in another format, size or folder are not seen.
 
     Args:
         measured: the images that are measured on, all of them.
@@ -441,8 +441,12 @@ def check_apart(measured: ImageData, used: ImageData, rows: np.ndarray, purpose:
         A note for the report where there are some, as data sets have copies of their own; or nothing.
 
     Raises:
-        UsageError: they are more than 1 % of those measured.
+        UsageError: both are the same images, or those used are more than 1 % of those measured.
     """
+    if measured.rows._fingerprint == used.rows._fingerprint:
+        raise UsageError(
+            f"the images of {measured.name} that are measured on are those used {purpose}: name another split"
+        )
     known = set(_stored_images(used, rows))
     shared = sum(image in known for image in _stored_images(measured))
     told = f"{shared} of the {len(measured.rows)} images of {measured.name} that are measured on were used {purpose}"

@@ -164,11 +164,9 @@ class Measures:
             raise UsageError(
                 "a trigger was given but no labelled images to measure it on: give a test set with labels"
             )
-        if test is not None and test.rows._fingerprint == data.rows._fingerprint:
-            raise UsageError(f"the test images are those of {data.name} that the clean ones are drawn from")
         places, notes = {"held_out": job.task.measure(data, job.work.subset.held_out, attack)}, list[str]()
         if test is not None:
-            notes = check_apart(test, data, job.work.subset.used, "to purify")
+            notes = check_apart(test, data, job.work.subset.used, "to purify (--test_split)")
             places["test"] = job.task.measure(test, None, attack)
             if places["test"] is None and test.label_column is not None and data.label_column is not None:
                 raise UsageError(

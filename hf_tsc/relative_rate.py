@@ -1,10 +1,14 @@
-"""Learning rates in proportion to the size of weights, where a network does not depend on that size.
+"""A learning rate in proportion to the size of weights, where a network does not depend on that size.
 
 What a BatchNorm makes of a layer stays the same when the layer's weights w are multiplied by c > 0, but for the
 BatchNorm's epsilon. The gradient is divided by c, so that a step of SGD turns the weights as one of a c²-th of the
 rate (van Laarhoven 2017, hf.co/papers/1706.05350): a rate that purifies one network leaves the backdoor in another
 that does the same with larger weights, of a training with less weight decay. With a rate in proportion to |w|², steps
-are the same in both.
+without gradient clipping are the same in both.
+
+One factor is taken for all such layers, so that they keep their proportions: the geometric mean of |w|² over their
+units, w the weights of a unit, relative to what it is in the networks that the default rate was searched on. That
+networks of another width want a rate in this proportion, too, is an observation (docs/results.md).
 """
 
 from __future__ import annotations
@@ -18,13 +22,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-ALIVE = 1e-3
-REFERENCE = 0.24  # size of the weights of the ResNets that the default rate was searched on (docs/results.md)
+ALIVE = 1e-3  # of the mean |w|² of a layer
+REFERENCE = 0.24  # of the ResNets of recipes/cifar10 that the default rate was searched on
 
 
 @torch.no_grad()
 def weights_before_batch_norm(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
-    """Names of the weights of convolutions and linear layers whose output a BatchNorm takes as it is.
+    """Names of the weights of convolutions and linear layers whose output a BatchNorm takes, at most in another shape.
 
     Args:
         model: in eval mode.
@@ -38,7 +42,7 @@ def weights_before_batch_norm(model: nn.Module, inputs: Mapping[str, Tensor]) ->
         return lambda _module, _inputs, output: made.append((output, name))
 
     def take(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        found.update({f"{name}.weight": None for output, name in made if output is given[0]})
+        found.update({f"{name}.weight": None for output, name in made if _same_numbers(output, given[0])})
 
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
@@ -66,8 +70,14 @@ def rate_factor(weights: Sequence[Tensor]) -> float:
     return float(alive.log().mean().exp()) / REFERENCE if len(alive) else 1.0
 
 
+def _same_numbers(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
+
+
 def scale_rate(optimizer: Optimizer, parameters: Sequence[Tensor], factor: float) -> None:
     """Give some of an optimizer's parameters a group of their own, of a rate that is `factor` times as high.
+
+    Their weight decay, which acts in proportion to the rate, stays what it is.
 
     Args:
         optimizer: without a state yet; changed.
@@ -78,4 +88,5 @@ def scale_rate(optimizer: Optimizer, parameters: Sequence[Tensor], factor: float
     group = next(group for group in optimizer.param_groups if any(id(p) in chosen for p in group["params"]))
     own = [parameter for parameter in group["params"] if id(parameter) in chosen]
     group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-    optimizer.add_param_group({**group, "params": own, "lr": factor * group["lr"]})
+    changed = {"lr": factor * group["lr"], "weight_decay": group["weight_decay"] / factor}
+    optimizer.add_param_group({**group, "params": own, **changed})

@@ -32,8 +32,8 @@ SETTINGS = (
     "rounds", "stages", "objective", "temperature", "teacher_view", "teacher_errors", "feature_weight",
     "feature_states", "mixup_alpha", "augmentation", "batch_norm_images", "matching", "move_spaces", "move_towers",
     "train_towers", "curve1_window", "curve1_t", "curve2_window", "curve2_t", "curve_epochs", "curve_steps", "optim",
-    "learning_rate", "rate_factor", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "max_accuracy_drop", "seed",
+    "learning_rate", "relative_rate", "rate_factor", "lr_scheduler_type", "weight_decay",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_accuracy_drop", "seed",
 )  # fmt: skip
 COMMAND_WIDTH = 100
 FLAG = object()  # the value of an option that takes none
@@ -199,6 +199,7 @@ class PurificationReport:
             else set()
         )
         unused |= set() if self.arguments.get("feature_weight") else {"feature_states"}
+        unused |= set() if self.arguments.get("relative_rate") else {"relative_rate"}
         unused |= set() if self.task["kind"] == "image-text dual encoder" else {"move_towers", "train_towers"}
         values = {name: self.arguments[name] for name in SETTINGS if name not in unused}
         return [(k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for k, v in values.items()]

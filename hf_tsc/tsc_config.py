@@ -153,9 +153,10 @@ class TSCConfig(TrainingArguments):
 
     > Parameters that control the steps, beside those of `TrainingArguments`
 
-    relative_rate (`bool`): for SGD, the rate of layers before a BatchNorm grows with the mean square of their weights
-        (see `hf_tsc.relative_rate`). A factor for all of these weights changes nothing that the network does, and a
-        step of the same rate would move it less.
+    relative_rate (`bool`): for SGD, the rate of layers before a BatchNorm grows with the squared norm of their units'
+        weights, and `learning_rate` is that of the networks which the default was searched on (see
+        `hf_tsc.relative_rate`). A factor for all of these weights changes nothing that the network does, and a step of
+        the same rate would move it less.
 
     > Parameters that control the loss
 
@@ -257,7 +258,7 @@ class TSCConfig(TrainingArguments):
     optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Options of the optimizer."})
     learning_rate: float = field(default=0.1, metadata={"help": "Rate on the bend; acts at a quarter at most."})
     relative_rate: bool = field(
-        default=False, metadata={"help": "SGD's rate before a BatchNorm in proportion to the weights' mean square."}
+        default=False, metadata={"help": "SGD's rate before a BatchNorm in proportion to the weights' squared norm."}
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of each curve."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for none."})

@@ -335,7 +335,7 @@ class TSCTrainer(CurveTrainer):
 
     def reported_arguments(self) -> dict[str, Any]:
         """The arguments as a report gives them, and what became of a `relative_rate`."""
-        found = {"rate_factor": round(self.rate_factor, 4)} if self.args.relative_rate else {}
+        found = {"rate_factor": round(self.rate_factor, 4)} if self._scaled else {}
         return {**reported_arguments(self.args), **found}
 
     def _report_of_a_folder(self, folder: Path, dataset_name: str) -> PurificationReport:

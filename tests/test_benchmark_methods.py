@@ -319,3 +319,13 @@ def test_hook_of_the_trainer(tmp_path):
     assert [result for result, _ in seen] == trainer.curves
     assert [len(curves) for _, curves in seen] == [1, 2, 3, 4]  # a result is recorded before it is shown
     assert len({point.loss for point in seen[-1][0].sweep}) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "relative"),
+    [({}, True), ({"learning_rate": 0.1}, False), ({"learning_rate": 0.1, "relative_rate": True}, True)],
+)
+def test_a_plan_that_names_a_rate_means_it_as_it_is(tmp_path, settings, relative):
+    fixed = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+    made = methods.tsc_config(classifier("resnet"), settings, objectives=("distillation",), **fixed)
+    assert made.relative_rate == relative

@@ -420,7 +420,7 @@ class TestRefused:
 
 
 def test_test_images_must_be_others(suspects, tmp_path):
-    with pytest.raises(UsageError, match="that the clean ones are drawn from"):
+    with pytest.raises(UsageError, match=r"measured on are those used to purify \(--test_split\): name another"):
         run(suspects["resnet"], tmp_path / "out", test=CLEAN)
     with pytest.raises(UsageError, match=r"of the 60 images of .* that are measured on were used to purify"):
         run(suspects["resnet"], tmp_path / "out", test=CLEAN.select(range(60)))

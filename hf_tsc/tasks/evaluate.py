@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from hf_tsc.tasks import Classification, Encoding, Options, task_of
 from hf_tsc.tasks.base import Measure
 from hf_tsc.tasks.classes import check_labels, class_names
 from hf_tsc.tasks.image_text import matching_measure
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_source(
@@ -110,6 +113,7 @@ def _probed(
     if labels is None:
         raise UsageError(f"{probe_data.name} has no label column: a linear probe is fitted on labels")
     rows = np.sort(np.random.default_rng(0).permutation(len(probe_data.rows))[: options.probe_images])
-    check_apart(data, probe_data, rows, "to fit the linear probe (--probe_split)")
+    for note in check_apart(data, probe_data, rows, "to fit the linear probe (--probe_split)"):
+        logger.warning(note)
     probe = LinearProbe(pixel_dataset(probe_data, rows, pipeline))
     return Evaluator(data, pipeline, num_classes=int(labels.max()) + 1, attack=attack, reader=probe)
