@@ -89,9 +89,9 @@ class CurveTrainer(ObjectiveTrainer):
             callbacks=callbacks,
         )
         check_sharding(self.accelerator, args, objective)
-        found = weights_before_batch_norm(network, example_inputs(network)) if args.relative_rate else []
+        found = weights_before_batch_norm(network, example_inputs(network)) if args.relative_rate else {}
         self._scaled = [name for name in found if curve.bend[name].requires_grad]
-        self.rate_factor = rate_factor([network.get_parameter(name) for name in self._scaled])
+        self.rate_factor = rate_factor([network.get_parameter(name).movedim(found[name], 0) for name in self._scaled])
         network.to(args.device)  # type: ignore[arg-type]
         self.suspect = network
         self.segment_steps = args.segment_steps(len(train_dataset))  # type: ignore[arg-type]

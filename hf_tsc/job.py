@@ -147,15 +147,9 @@ class OwnScore:
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures a model on the held-out images, and on a test set where there is one.
-
-    Attributes:
-        by_place: `held_out` and `test`.
-        notes: what a reader of the report should know.
-    """
+    """Measures a model on the held-out images, and on a test set where there is one."""
 
     by_place: dict[str, Measure]
-    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, job: Job, test: ImageData | None, attack: Attack | None) -> Measures:
@@ -164,9 +158,9 @@ class Measures:
             raise UsageError(
                 "a trigger was given but no labelled images to measure it on: give a test set with labels"
             )
-        places, notes = {"held_out": job.task.measure(data, job.work.subset.held_out, attack)}, list[str]()
+        places = {"held_out": job.task.measure(data, job.work.subset.held_out, attack)}
         if test is not None:
-            notes = check_apart(test, data, job.work.subset.used, "to purify (--test_split)")
+            job.task.notes += check_apart(test, data, job.work.subset.used, "to purify (--test_split)")
             places["test"] = job.task.measure(test, None, attack)
             if places["test"] is None and test.label_column is not None and data.label_column is not None:
                 raise UsageError(
@@ -175,7 +169,7 @@ class Measures:
                 )
             if places["test"] is None:
                 raise UsageError(f"{test.name} has no labels: expected labelled images, to measure accuracy on them")
-        return cls({place: measure for place, measure in places.items() if measure is not None}, notes)
+        return cls({place: measure for place, measure in places.items() if measure is not None})
 
     def __call__(self, own: OwnScore, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         """By place; on the held-out images also the objective's own score, where no accuracy says the same."""

@@ -137,7 +137,7 @@ def purify(
     told: dict[str, Any] = {"started": started, "evidence": evidence}
     facts: dict[str, Any] = {
         "attack": attack.to_dict() if attack else None,
-        "notes": [*source.notes, *data.notes, *job.task.notes, *measures.notes],
+        "notes": [*source.notes, *data.notes, *job.task.notes],
         "request": None
         if given is None
         else request_of(given, preset, budget, held_out, options, test, method, evidence),

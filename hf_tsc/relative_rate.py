@@ -21,32 +21,36 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+from hf_tsc.layers import LAYERS
+
 ALIVE = 1e-3  # of the mean |w|² of a layer
 REFERENCE = 0.24  # of the ResNets of recipes/cifar10 that the default rate was searched on
 
 
 @torch.no_grad()
-def weights_before_batch_norm(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
-    """Names of the weights of convolutions and linear layers whose output a BatchNorm takes, at most in another shape.
+def weights_before_batch_norm(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """The weights of linear layers and convolutions whose output a BatchNorm takes, at most in another shape.
 
     Args:
         model: in eval mode.
         inputs: of its forward.
+
+    Returns:
+        Their names, and the axis of their units.
     """
-    made: list[tuple[Tensor, str]] = []  # kept, as another tensor could take the place of one that is gone
-    found: dict[str, None] = {}
+    made: list[tuple[Tensor, str, int]] = []  # kept, as another tensor could take the place of one that is gone
+    found: dict[str, int] = {}
     handles = []
 
-    def make(name: str) -> Any:
-        return lambda _module, _inputs, output: made.append((output, name))
+    def make(name: str, axis: int) -> Any:
+        return lambda _module, _inputs, output: made.append((output, f"{name}.weight", axis))
 
     def take(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        found.update({f"{name}.weight": None for output, name in made if _same_numbers(output, given[0])})
+        found.update({name: axis for output, name, axis in made if _same_numbers(output, given[0])})
 
     for name, module in model.named_modules():
-        if isinstance(module, LAYERS):
-            handles.append(module.register_forward_hook(make(name)))
+        if layer := LAYERS.get(type(module)):
+            handles.append(module.register_forward_hook(make(name, layer.output)))
         elif isinstance(module, _BatchNorm):
             handles.append(module.register_forward_pre_hook(take))
     try:
@@ -55,7 +59,7 @@ def weights_before_batch_norm(model: nn.Module, inputs: Mapping[str, Tensor]) ->
     finally:
         for handle in handles:
             handle.remove()
-    return list(found)
+    return found
 
 
 def rate_factor(weights: Sequence[Tensor]) -> float:

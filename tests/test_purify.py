@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import concatenate_datasets
 from huggingface_hub import ModelCard
 from suspects_and_digits import (
     NAMES,
@@ -425,6 +426,16 @@ def test_test_images_must_be_others(suspects, tmp_path):
     with pytest.raises(UsageError, match=r"of the 60 images of .* that are measured on were used to purify"):
         run(suspects["resnet"], tmp_path / "out", test=CLEAN.select(range(60)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_among_many_test_images_is_told(suspects, purified, tmp_path):
+    """Data sets have copies of their own: the report says so."""
+    used = purified["resnet"][1].dataset["train_indices"][:1]  # the same seed draws the same images
+    test = concatenate_datasets([CLEAN.select(used), digits(500, 620)])
+    report = run(suspects["resnet"], tmp_path / "out", test=test, config={"curve_steps": 1, "stages": 1})
+    (note,) = (note for note in report.notes if "measured on" in note)
+    assert note.startswith("1 of the 121 images of ")
+    assert note in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

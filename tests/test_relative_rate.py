@@ -11,7 +11,8 @@ from torch.optim import SGD
 
 from hf_tsc.architectures.classifiers import levit
 from hf_tsc.derive import example_inputs
-from hf_tsc.relative_rate import LAYERS, REFERENCE, rate_factor, scale_rate, weights_before_batch_norm
+from hf_tsc.layers import LAYERS
+from hf_tsc.relative_rate import REFERENCE, rate_factor, scale_rate, weights_before_batch_norm
 
 
 class Toy(nn.Module):
@@ -53,7 +54,7 @@ def trained(network, *, rate, relative=True, steps=20):
 
 class TestWeightsBeforeBatchNorm:
     def test_those_that_a_norm_takes_as_they_are(self):
-        assert weights_before_batch_norm(Toy().eval(), {"x": images()}) == ["first.weight", "third.weight"]
+        assert weights_before_batch_norm(Toy().eval(), {"x": images()}) == {"first.weight": 0, "third.weight": 0}
 
     def test_a_resnet_has_all_its_convolutions(self):
         model = tiny.model("resnet")
@@ -63,13 +64,17 @@ class TestWeightsBeforeBatchNorm:
     def test_another_shape_on_the_way(self):
         """LeViT flattens what its linear layers give before a BatchNorm takes it; only classifiers have none."""
         model = levit().eval()
-        layers = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
+        layers = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, tuple(LAYERS))}
         left = layers - set(weights_before_batch_norm(model, example_inputs(model)))
         assert all("classifier" in name for name in left)
 
     def test_a_transformer_has_none(self):
         model = tiny.model("vit")
-        assert weights_before_batch_norm(model, example_inputs(model)) == []
+        assert weights_before_batch_norm(model, example_inputs(model)) == {}
+
+    def test_the_axis_of_the_units_of_a_transposed_convolution(self):
+        network = nn.Sequential(nn.ConvTranspose2d(3, 5, 2), nn.BatchNorm2d(5)).double().eval()
+        assert weights_before_batch_norm(network, {"input": images()}) == {"0.weight": 1}
 
     def test_no_hooks_are_left(self):
         network = Toy().eval()

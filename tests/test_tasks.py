@@ -310,6 +310,8 @@ class TestRefused:
             evaluate_source(resolve_model(str(folders["vit"])), digit_data(0, 50))
 
     def test_evaluate_a_probe_on_the_images_it_was_fitted_on(self, folders):
+        with pytest.raises(UsageError, match=r"measured on are those used to fit the linear probe \(--probe_split\)"):
+            evaluate_source(resolve_model(str(folders["vit"])), digit_data(0, 50), probe_data=digit_data(0, 50))
         with pytest.raises(UsageError, match=r"20 of the 50 images .* used to fit the linear probe \(--probe_split\)"):
             evaluate_source(resolve_model(str(folders["vit"])), digit_data(0, 50), probe_data=digit_data(30, 80))
 
