@@ -122,20 +122,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     huggingface_hub.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # the Trainer's own, which DDP tells of
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody writes to
+    failed = False
     try:
         with silent_but_in_main_process():
             code = command(arguments[1:]) or 0
-        leave_processes()
-        return code
     except (HfTscError, OSError) as error:  # an OSError names its file: a full disk, a folder that may not be written
         if speaks_of(error):
             print(f"hf-tsc: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         else:
             let_main_process_tell()
-        return getattr(error, "exit_code", HfTscError.exit_code)
+        failed, code = True, getattr(error, "exit_code", HfTscError.exit_code)
     except KeyboardInterrupt:
         print("hf-tsc: interrupted; a purification that has a checkpoint goes on with --resume", file=sys.stderr)
         return INTERRUPTED
+    leave_processes(failed=failed)
+    return code
 
 
 def _usage() -> str:

@@ -8,6 +8,7 @@ Letters: n rows of a batch in one process, W processes.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import time
@@ -70,9 +71,17 @@ def silent_but_in_main_process() -> Iterator[None]:
         yield
 
 
-def leave_processes() -> None:
-    """Part from the other processes, at the end of a program that all of them have come to."""
-    if number_of_processes() > 1:
+def leave_processes(*, failed: bool = False) -> None:
+    """Part from the other processes, at the end of a program.
+
+    Gloo's threads let go of what they have exchanged last, which takes the interpreter: where that is going already,
+    the process aborts (torch 2.13) in place of giving its exit code. So they end first, after a failure, too.
+
+    Args:
+        failed: the others may be anywhere; another backend than Gloo would wait for them, and is left as it is.
+    """
+    if number_of_processes() > 1 and (not failed or dist.get_backend() == dist.Backend.GLOO):
+        gc.collect()  # what is left of a training holds the group, and with it the threads
         PartialState().destroy_process_group()
 
 

@@ -610,3 +610,14 @@ def test_data_of_these_tests(data):
     assert {folder.name for folder in data.iterdir()} >= {"digits", "two_images", "other_order"}
     assert Dataset.load_from_disk(str(data / "two_images")).column_names == ["image", "label", "thumbnail"]
     assert max(Dataset.load_from_disk(str(data / "too_large"))["label"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "failed"), [(["spec", "--list"], 0, False), (["spec", "./none"], 2, True)]
+)
+def test_processes_part_at_the_end_and_after_a_failure(command, code, failed, monkeypatch):
+    """Gloo's threads must not outlive the interpreter, which would turn the exit code into that of an abort."""
+    seen = []
+    monkeypatch.setattr("hf_tsc.cli.leave_processes", lambda **how: seen.append(how))
+    assert main(command) == code
+    assert seen == [{"failed": failed}]
