@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hf_tsc.baselines.registry import BASELINES
-from hf_tsc.benchmark.acceptance import suspect_table
+from hf_tsc.benchmark.acceptance import of_last_training, suspect_table
 from hf_tsc.benchmark.means import judging, means_table
 from hf_tsc.benchmark.pictures import _other_colour, plot_curves, plot_frontier, plot_means
 from hf_tsc.benchmark.points import farthest_within, last_points, markdown, taken_points
@@ -261,6 +261,29 @@ class TestPictures:
         for lines, expected in (([reported], [66]), ([partly], [68, 70]), ([reported, tuned()], [68])):
             left, _ = plot_frontier(lines, title="x").axes
             assert list(left.get_lines()[0].get_xdata()) == pytest.approx(expected)
+
+    def test_frontier_joins_rates_of_fine_tuning(self):
+        """From the lowest on, where nothing but the rate differs."""
+        ends = {0.2: (0.6, 0.04), 0.05: (0.75, 0.5), 0.1: (0.7, 0.05)}
+        settings = [{"learning_rate": rate, "steps": 9} for rate in ends]
+        paths = [[point(1.0, 0.7, *end)] for end in ends.values()]
+        both = zip(settings, paths, strict=True)
+        lines = [line("fine_tuning", points=points, taken=1.0, settings=setting) for setting, points in both]
+        left, _ = plot_frontier([*lines, tuned(), line()], title="x").axes
+        (joined,) = (one for one in left.get_lines() if one.get_label() == "fine-tuning over learning rates")
+        assert list(joined.get_xdata()) == pytest.approx([75, 70, 60])
+        assert list(joined.get_ydata()) == pytest.approx([50, 5, 4])
+
+    @pytest.mark.parametrize(("groups", "pale"), [(("final", "rates"), 1), (("final", "final_rates"), 0)])
+    def test_what_is_not_final_is_pale(self, groups, pale):
+        left, _ = plot_frontier([line(group=group) for group in groups], title="x").axes
+        assert sum(one.get_alpha() < 1 for one in left.get_lines()) == pale
+
+    def test_last_training(self):
+        """Other weights are another network."""
+        old, new, more = (line(weights=weights) for weights in ("a", "b", "b"))
+        assert of_last_training([old, new, more]) == [new, more]
+        assert of_last_training([line()]) == [line()]
 
 
 def test_command(tmp_path, capsys):

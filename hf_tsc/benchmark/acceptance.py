@@ -67,3 +67,8 @@ def suspect_table(lines: Sequence[Line]) -> str:
         trainings = {other.get("weights") for other in lines if other["suspect"] == name}
         rows.append([*names, *figures, str(len(trainings)), missed[name]])
     return markdown(["model", "attack", "seed", "ACC", "ASR", "trainings", "misses"], rows)
+
+
+def of_last_training(lines: Sequence[Line]) -> list[Line]:
+    """Those lines of one suspect that measured the same weights as the last one did."""
+    return [line for line in lines if line.get("weights") == lines[-1].get("weights")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import groupby
 from statistics import mean
@@ -14,6 +15,7 @@ from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.points import last_points, names_of, shown_settings
 
 LABELS = {"tsc": "TSC over t", "fine_tuning": "interpolated fine-tuning over its share"}
+IMAGES = {"select": "images for choosing", "report": "images for reporting"}
 COLOURS = {"TSC": "tab:blue", "interpolated": "tab:orange", "fine-tuning": "tab:red"}
 SHOWN = 20  # points of accuracy in a picture of frontiers
 PALE = 0.2  # of what is not final
@@ -46,9 +48,10 @@ def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
     """Where methods stand between accuracy and attack success rate, before and after re-tuning.
 
     TSC over t (without the ends: of a first curve both are backdoored), interpolated fine-tuning over its share, each
-    along its path, one line a cell; plain fine-tuning over learning rates as dots, as others that end their path.
-    Where there is a group `final`, other cells are pale. On the images of `report` where all points were measured on
-    these, else on those of `select`. What is more than `SHOWN` points of accuracy below the best is cut off.
+    along its path, one line a cell; plain fine-tuning as dots, as others that end their path, and joined over learning
+    rates where nothing else differs. Where the names of groups begin with `final`, cells of other groups are pale. On
+    the images of `report` where all points were measured on these, else on those of `select`. What is more than
+    `SHOWN` points of accuracy below the best is cut off.
     """
     return _plot_frontiers([[line] for line in lines if "error" not in line], title)
 
@@ -71,9 +74,12 @@ def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     chosen = any(_is_final(lines) for lines in paths)
-    for axes, place, name in ((left, images, "purified"), (right, "retuned", "after re-tuning with poisoned images")):
+    places = (left, images, f"purified ({IMAGES[images]})"), (right, "retuned", "after re-tuning with poisoned images")
+    for axes, place, name in places:
         for lines in sorted(paths, key=_is_final):
             _plot_path(axes, lines, place, alpha=PALE if chosen and not _is_final(lines) else 1.0)
+        for several in _of_other_rates(paths):
+            _plot_rates(axes, several, place, alpha=PALE if chosen and not all(map(_is_final, several)) else 1.0)
         axes.set(xlabel="clean accuracy, %", title=name, ylim=(-3, 103))
         axes.grid(alpha=0.3)
     left.set(ylabel="attack success rate, %")
@@ -90,7 +96,28 @@ def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
 
 
 def _is_final(lines: Sequence[Line]) -> bool:
-    return all(line["group"] == "final" for line in lines)
+    return all(line["group"].startswith("final") for line in lines)
+
+
+def _of_other_rates(paths: Sequence[Sequence[Line]]) -> list[list[Sequence[Line]]]:
+    """Several paths of fine-tuning that differ in the learning rate alone, from the lowest on."""
+
+    def rate(lines: Sequence[Line]) -> float:
+        return lines[0]["settings"]["learning_rate"]
+
+    def key(lines: Sequence[Line]) -> str:
+        return json.dumps([lines[0]["budget"], {**lines[0]["settings"], "learning_rate": None}], sort_keys=True)
+
+    tuned = [lines for lines in paths if lines[0]["method"] == "fine_tuning"]
+    tuned = [lines for lines in tuned if "learning_rate" in lines[0]["settings"]]
+    groups = [sorted(several, key=rate) for _, several in groupby(sorted(tuned, key=key), key=key)]
+    return [several for several in groups if len({rate(lines) for lines in several}) > 1]
+
+
+def _plot_rates(axes: Any, several: Sequence[Sequence[Line]], where: str, *, alpha: float) -> None:
+    ends = [point[1:] for lines in several for point in _mean_points(lines, where) if point[0] == 1]
+    style = {"color": COLOURS["fine-tuning"], "alpha": alpha, "label": "fine-tuning over learning rates"}
+    axes.plot([x for x, _ in ends], [y for _, y in ends], ":", linewidth=1.2, **style)
 
 
 def _plot_path(axes: Any, lines: Sequence[Line], where: str, *, alpha: float) -> None:

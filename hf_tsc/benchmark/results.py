@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from hf_tsc.benchmark.acceptance import suspect_table
+from hf_tsc.benchmark.acceptance import of_last_training, suspect_table
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.means import COLUMNS, attacks_of, judging, means_table
 from hf_tsc.benchmark.pictures import is_reported, plot_curves, plot_frontier, plot_means
@@ -56,13 +56,17 @@ def _of_group(lines: Sequence[Line], name: str, model: str) -> list[Line]:
 
 
 def write_results(lines: Sequence[Line], output: Path, say: Callable[[str], None] = print) -> None:
-    """Write `tables.md`, a frontier for every suspect (of what was reported, once TSC was), curves and means."""
+    """Write `tables.md`, a frontier for every suspect, curves and means.
+
+    A frontier is of the last training of its suspect, and of what was reported once TSC was.
+    """
     output.mkdir(parents=True, exist_ok=True)
     (output / "tables.md").write_text(tables(lines), encoding="utf-8")
     for name, several in groupby(sorted(lines, key=_suspect_name), key=_suspect_name):
         of_suspect = list(several)
-        reported = [line for line in of_suspect if "error" not in line and is_reported(line)]
-        shown = reported if any(line["method"] == "tsc" for line in reported) else of_suspect
+        drawn = of_last_training(of_suspect)
+        reported = [line for line in drawn if "error" not in line and is_reported(line)]
+        shown = reported if any(line["method"] == "tsc" for line in reported) else drawn
         plot_frontier(shown, title=name.replace("-", ", ")).savefig(output / f"frontier-{name}.png", dpi=110)
         for line in of_suspect:
             if line["method"] == "tsc" and "error" not in line and is_reported(line):
