@@ -78,8 +78,8 @@ def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
     for axes, place, name in places:
         for lines in sorted(paths, key=_is_final):
             _plot_path(axes, lines, place, alpha=PALE if chosen and not _is_final(lines) else 1.0)
-        for several in _of_other_rates(paths):
-            _plot_rates(axes, several, place, alpha=PALE if chosen and not all(map(_is_final, several)) else 1.0)
+        for several in sorted(_of_other_rates(paths), key=_are_final):
+            _plot_rates(axes, several, place, alpha=PALE if chosen and not _are_final(several) else 1.0)
         axes.set(xlabel="clean accuracy, %", title=name, ylim=(-3, 103))
         axes.grid(alpha=0.3)
     left.set(ylabel="attack success rate, %")
@@ -97,6 +97,10 @@ def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
 
 def _is_final(lines: Sequence[Line]) -> bool:
     return all(line["group"].startswith("final") for line in lines)
+
+
+def _are_final(several: Sequence[Sequence[Line]]) -> bool:
+    return all(map(_is_final, several))
 
 
 def _of_other_rates(paths: Sequence[Sequence[Line]]) -> list[list[Sequence[Line]]]:
