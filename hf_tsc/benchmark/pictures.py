@@ -75,10 +75,11 @@ def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     chosen = any(_is_final(lines) for lines in paths)
     places = (left, images, f"purified ({IMAGES[images]})"), (right, "retuned", "after re-tuning with poisoned images")
+    paths, of_other_rates = sorted(paths, key=_is_final), sorted(_of_other_rates(paths), key=_are_final)
     for axes, place, name in places:
-        for lines in sorted(paths, key=_is_final):
+        for lines in paths:
             _plot_path(axes, lines, place, alpha=PALE if chosen and not _is_final(lines) else 1.0)
-        for several in sorted(_of_other_rates(paths), key=_are_final):
+        for several in of_other_rates:
             _plot_rates(axes, several, place, alpha=PALE if chosen and not _are_final(several) else 1.0)
         axes.set(xlabel="clean accuracy, %", title=name, ylim=(-3, 103))
         axes.grid(alpha=0.3)
@@ -112,8 +113,7 @@ def _of_other_rates(paths: Sequence[Sequence[Line]]) -> list[list[Sequence[Line]
     def key(lines: Sequence[Line]) -> str:
         return json.dumps([lines[0]["budget"], {**lines[0]["settings"], "learning_rate": None}], sort_keys=True)
 
-    tuned = [lines for lines in paths if lines[0]["method"] == "fine_tuning"]
-    tuned = [lines for lines in tuned if "learning_rate" in lines[0]["settings"]]
+    tuned = [lines for lines in paths if lines[0]["method"] == "fine_tuning"]  # which cannot be without a rate
     groups = [sorted(several, key=rate) for _, several in groupby(sorted(tuned, key=key), key=key)]
     return [several for several in groups if len({rate(lines) for lines in several}) > 1]
 
