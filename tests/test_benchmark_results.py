@@ -6,6 +6,7 @@ import pytest
 
 from hf_tsc.baselines.registry import BASELINES
 from hf_tsc.benchmark.acceptance import of_last_training, suspect_table
+from hf_tsc.benchmark.ahead import ahead_table
 from hf_tsc.benchmark.means import judging, means_table
 from hf_tsc.benchmark.pictures import _other_colour, plot_curves, plot_frontier, plot_means
 from hf_tsc.benchmark.points import farthest_within, last_points, markdown, taken_points
@@ -235,6 +236,60 @@ class TestMeans:
         (tmp_path / "r.jsonl").write_text("".join(json.dumps(one) + "\n" for one in JUDGED))
         assert main(["benchmark-tables", str(tmp_path / "r.jsonl"), "--output_dir", str(tmp_path / "out")]) == 0
         assert (tmp_path / "out" / "means-g-resnet-1400.png").is_file()
+
+
+def retuned(asr: float, **named) -> dict:
+    """The line of a suspect whose re-tuning attack gave this rate."""
+    made = of_suspect(**named)
+    made["paths"][0]["points"][0]["retuned"] = measures(0.7, asr)
+    return made
+
+
+class TestWhoIsAhead:
+    def row(self, lines: list[dict]) -> list[str]:
+        (row,) = rows_of(ahead_table(lines))
+        return row
+
+    def test_lowest_and_what_is_near_it_best_first(self):
+        """0.12 is two points above the lowest, 0.121 is more."""
+        rates = {"tsc": 0.12, "anp": 0.10, "fst": 0.121}
+        lines = [of_suspect("bpp", method=name, after=(0.78, rate)) for name, rate in rates.items()]
+        assert self.row(lines) == ["bpp", "1400", "ANP 10.0, TSC 12.0", "", ""]
+
+    def test_costly_ones_are_not_ahead(self):
+        """0.8 before: 4 points are lost exactly by TSC, and more by ANP."""
+        lines = [of_suspect("bpp", after=(0.76, 0.3)), of_suspect("bpp", method="anp", after=(0.759, 0.0))]
+        assert self.row(lines) == ["bpp", "1400", "TSC 30.0", "", "ANP 4.1"]
+
+    def test_none_may_be_ahead(self):
+        assert self.row([of_suspect("bpp", after=(0.7, 0.0))]) == ["bpp", "1400", "", "", "TSC 10.0"]
+
+    def test_retuned_rate_by_itself(self):
+        lines = [retuned(0.5, attack="bpp", after=(0.78, 0.1))]
+        lines += [retuned(0.4, attack="bpp", method="anp", after=(0.78, 0.3))]
+        lines += [of_suspect("bpp", method="fst", after=(0.78, 0.5))]  # not re-tuned
+        assert self.row(lines)[2:4] == ["TSC 10.0", "ANP 40.0"]
+
+    def test_means_over_seeds(self):
+        lines = [of_suspect("bpp", seed=0, after=(0.78, 0.1)), of_suspect("bpp", seed=1, after=(0.72, 0.3))]
+        assert self.row(lines) == ["bpp", "1400", "", "", "TSC 5.0"]
+        lines[1] = of_suspect("bpp", seed=1, after=(0.74, 0.3))
+        assert self.row(lines) == ["bpp", "1400", "TSC 20.0", "", ""]
+
+    def test_settings_are_told_where_a_method_has_several(self):
+        lines = [of_suspect("bpp", after=(0.78, 0.1)), of_suspect("bpp", after=(0.78, 0.2))]
+        lines[1]["settings"] = {"learning_rate": 0.7}
+        assert self.row(lines)[2] == "TSC (learning_rate 0.1) 10.0"
+
+    def test_clean_twins_come_last_and_have_no_rates(self):
+        twin = of_suspect("clean", acc=0.8, asr=0.01, after=(0.7, 0.01))
+        rows = rows_of(ahead_table([twin, of_suspect("wanet", after=(0.78, 0.1))]))
+        assert rows == [["wanet", "1400", "TSC 10.0", "", ""], ["clean", "1400", "", "", "TSC 10.0"]]
+
+    def test_among_the_tables(self):
+        """Of attacks that count, and the twin."""
+        _, table = tables(JUDGED).split("### g: resnet, who is ahead\n\n")
+        assert [row[0] for row in rows_of(table.strip())] == ["bpp", "sig", "clean"]
 
 
 class TestPictures:

@@ -20,6 +20,7 @@ from hf_tsc.metrics import defense_effectiveness
 MAX_DROP = 0.04
 MEASURES = {"ACC": "accuracy", "ASR": "attack_success_rate", "RA": "robust_accuracy"}
 REACTIVATED = {"reactivated ASR": "reactivated", "clean twin's ASR": "twin"}  # shown where something was reactivated
+LOST = "ACC lost"
 Measures = dict[str, Any]
 
 
@@ -41,6 +42,8 @@ class Taken:
         measured, before = self.point[self.place], self.line["before"][self.place]
         if name.endswith(" before"):
             return before[MEASURES[name.removesuffix(" before")]]
+        if name == LOST:
+            return before["accuracy"] - measured["accuracy"]
         if name == "DER":
             return defense_effectiveness(
                 acc_before=before["accuracy"],

@@ -7,7 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from hf_tsc.benchmark.acceptance import of_last_training, suspect_table
+from hf_tsc.benchmark.acceptance import CLEAN, of_last_training, suspect_table
+from hf_tsc.benchmark.ahead import ahead_table
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.means import COLUMNS, attacks_of, judging, means_table
 from hf_tsc.benchmark.pictures import is_reported, plot_curves, plot_frontier, plot_means
@@ -38,7 +39,7 @@ def group_table(lines: Sequence[Line]) -> str:
 
 
 def tables(lines: Sequence[Line]) -> str:
-    """Markdown with a table of suspects, and for every group and model one of attacks and one of means over them."""
+    """Markdown with a table of suspects; for a group's models of attacks, of their means, of who is ahead."""
     parts, counting = [f"## Suspects\n\n{suspect_table(lines)}"], judging(lines)
     for name in dict.fromkeys(line["group"] for line in lines):
         for model in sorted({line["model"] for line in lines}):
@@ -48,6 +49,8 @@ def tables(lines: Sequence[Line]) -> str:
             parts += ["\n".join(failed)] if failed else []
             if len(attacks := attacks_of(judged)) > 1:
                 parts.append(f"### {name}: {model}, means over {', '.join(attacks)}\n\n{means_table(judged)}")
+                twins = [line for line in group if line["attack"] == CLEAN]
+                parts.append(f"### {name}: {model}, who is ahead\n\n{ahead_table([*judged, *twins])}")
     return "\n\n".join(parts) + "\n"
 
 

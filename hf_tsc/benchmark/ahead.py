@@ -1,0 +1,69 @@
+"""Who is ahead where: of each attack the methods with the lowest rates among those that keep the accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from statistics import mean
+from typing import Any
+
+from hf_tsc.benchmark.acceptance import CLEAN
+from hf_tsc.benchmark.lines import Line
+from hf_tsc.benchmark.points import LOST, MAX_DROP, Taken, markdown, names_of, shown_settings, taken_points
+
+NEAR = 0.02  # of the lowest rate: one seed and some thousand images do not tell such methods apart
+EXACT = 1e-9  # measures are written with six digits
+RATES = ("ASR", "re-tuned ASR")
+HEAD = ("attack", "images", *(f"lowest {name}" for name in RATES), f"lose more than {100 * MAX_DROP:g} points")
+
+
+def ahead_table(lines: Sequence[Line]) -> str:
+    """One row an attack and number of clean images, in percent, as means over seeds at the points that methods take.
+
+    Named are the methods whose rate is lowest or within `NEAR` of it, best first, among those that lose at most
+    `MAX_DROP` of the accuracy; and, with what they lose, those that lose more. Clean twins have no rate to be lowest.
+
+    Args:
+        lines: of one model; those of `judging`, and of clean twins.
+    """
+    settings = shown_settings(lines)
+
+    def of_row(taken: Taken) -> tuple[Any, ...]:
+        return taken.line["attack"] == CLEAN, taken.line["attack"], taken.line["budget"]
+
+    def name(taken: Taken) -> str:
+        shown = ", ".join(f"{key} {value}" for key, value in settings(taken.line) if value)
+        return f"{taken.method} ({shown})" if shown else taken.method
+
+    rows = []
+    for (is_twin, attack, budget), row in groupby(sorted(_own_points(lines), key=of_row), key=of_row):
+        by_name = groupby(sorted(row, key=name), key=name)
+        measured = {key: _means(several) for key, several in by_name}
+        costly = {key: values[LOST] for key, values in measured.items() if values[LOST] > MAX_DROP + EXACT}
+        kept = {key: values for key, values in measured.items() if key not in costly}
+        lowest = ["" if is_twin else _named(_lowest(kept, rate)) for rate in RATES]
+        rows.append([attack, str(budget), *lowest, _named(costly)])
+    return markdown(HEAD, rows)
+
+
+def _own_points(lines: Iterable[Line]) -> Iterator[Taken]:
+    """Of each line the point that its method takes, not that within budget."""
+    for line in lines:
+        yield from (taken for taken in taken_points(line) if taken.method == names_of(line["method"])[0])
+
+
+def _means(several: Iterable[Taken]) -> dict[str, float]:
+    """Of what has been measured of all."""
+    same = list(several)
+    known = {column: [v for taken in same if (v := taken.value(column)) is not None] for column in (LOST, *RATES)}
+    return {column: mean(values) for column, values in known.items() if len(values) == len(same)}
+
+
+def _lowest(measured: dict[str, dict[str, float]], rate: str) -> dict[str, float]:
+    known = {name: values[rate] for name, values in measured.items() if rate in values}
+    lowest = min(known.values(), default=0.0)
+    return {name: value for name, value in known.items() if value <= lowest + NEAR + EXACT}
+
+
+def _named(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {100 * values[name]:.1f}" for name in sorted(values, key=values.__getitem__))
