@@ -111,6 +111,19 @@ class TestCells:
         assert only.twin == cell(((*CELLS, "attacks"), ["clean"])).suspect
         assert made.suspects == only.suspects == [only.suspect, only.twin]
 
+    def test_clean_twins_are_retuned_with_the_triggers_of_other_attacks(self):
+        """Whose suspects they do not need, unless a trigger is learnt there."""
+        learns = {"trigger": {"name": "input_aware"}, "target_label": 0, "poison_rate": 0.1}
+        group = {**GROUP, "attacks": ["badnets", "clean"], "retune": [1], "retune_with": ["badnets", "learns"]}
+        poisoned, twin = plan((CELLS, group), ((*ATTACK[:1], "learns"), learns)).cells
+        assert [other.attack for other in twin.retune_with] == ["badnets", "learns"]
+        assert [suspect.attack for suspect in twin.suspects] == ["clean", "learns"]
+        assert (poisoned.retune_with, poisoned.suspects) == ((), [poisoned.suspect])
+
+    def test_retuned_with_an_attack_that_is_not_there(self):
+        with pytest.raises(ValueError, match="'nope' is none of the attacks: badnets, clean"):
+            cell((CELLS, {**GROUP, "retune": [1], "retune_with": ["nope"]}))
+
     def test_points_may_be_the_one_that_is_taken(self):
         only = cell((CELLS, {**GROUP, "report": [0, "taken"], "retune": ["taken"]}))
         assert (only.report, only.retune) == ((0.0, "taken"), ("taken",))
@@ -214,6 +227,27 @@ class TestIds:
         assert len({plain.id, reactivated().id, reactivated(change).id}) == 3
         assert reactivated().id == reactivated().id
         assert reactivated(change).suspect.id == reactivated().suspect.id == plain.suspect.id
+
+    @pytest.mark.parametrize(
+        ("change", "same"),
+        [
+            ((*ATTACK, "poison_rate"), True),
+            ((*ATTACK, "trigger"), False),
+            ((*ATTACK, "target_label"), False),
+        ],
+        ids=["poison", "trigger", "target"],
+    )
+    def test_of_a_cell_that_is_retuned_with_others(self, change, same):
+        """They depend on what is seen of the others."""
+        values = {"poison_rate": 0.2, "trigger": {"name": "blended"}, "target_label": 1}
+
+        def retuned(*further):
+            group = {**GROUP, "attacks": ["clean"], "retune": [1], "retune_with": ["badnets"]}
+            return cell((CELLS, group), *further)
+
+        plain = cell((CELLS, {**GROUP, "attacks": ["clean"], "retune": [1]}))
+        assert plain.id != retuned().id
+        assert (retuned((change, values[change[-1]])).id == retuned().id) == same
 
     @pytest.mark.parametrize(
         "change",
@@ -383,6 +417,7 @@ class TestRefused:
             ((*CELLS, "retune"), ["last"], "'last'"),
             ((*CELLS, "points"), ["taken"], "'taken'"),
             ((*CELLS, "reactivate"), [0.5], r"reactivate \[0\.5\]: expected points of retune"),
+            ((*CELLS, "retune_with"), ["badnets"], r"retune_with \['badnets'\]: expected points to retune"),
             ((*CELLS, "reactivate"), ["taken"], r"reactivate \['taken'\]: expected points of retune"),
             ((*MODEL, "reactivation"), {"epsilon": 2}, "epsilon=2: expected a number from 0 to 1"),
             ((*MODEL, "reactivation"), {"epsilons": 2}, "epsilons"),

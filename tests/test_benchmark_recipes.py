@@ -10,6 +10,7 @@ import yaml
 from hf_tsc.baselines.registry import BASELINES, settings_of
 from hf_tsc.benchmark.means import TUNED_ON
 from hf_tsc.benchmark.plan import Plan
+from hf_tsc.errors import UsageError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES / "benchmark"))
@@ -111,15 +112,19 @@ class TestPlans:
 
 def line(method="tsc", attack="badnets", points=((0.5, 0.78, 0.1),), taken=0.5, **changes) -> dict:
     """A line of a suspect with 80 % accuracy; points are t, accuracy and attack success rate."""
-    made = [{"t": t, "select": {"accuracy": acc, "attack_success_rate": asr}} for t, acc, asr in points]
+    made = [
+        {"t": t, "select": {"accuracy": acc, "attack_success_rate": asr}, "held_out": {"score": acc}}
+        for t, acc, asr in points
+    ]
     content = {
+        "id": f"{method}-{attack}",
         "group": "tuning",
         "model": "resnet",
         "attack": attack,
         "method": method,
         "settings": {"learning_rate": 0.1},
-        "before": {"select": {"accuracy": 0.8, "attack_success_rate": 1.0}},
-        "paths": [{"taken": taken, "points": made}],
+        "before": {"select": {"accuracy": 0.8, "attack_success_rate": 1.0}, "held_out": {"score": 0.8}},
+        "paths": [{"path": "round 1, curve 1", "taken": taken, "points": made}],
     }
     return {**content, **changes}
 
@@ -130,39 +135,52 @@ def both(**changes) -> list[dict]:
 
 class TestChoice:
     def test_means_over_the_attacks(self):
-        (one,) = choose.candidates([line(), line(attack="blended", points=[(0.5, 0.74, 0.3)])])
+        one, *_ = choose.candidates([line(), line(attack="blended", points=[(0.5, 0.74, 0.3)])])
         assert (one.loss, one.asr, one.der) == pytest.approx((0.04, 0.2, 0.88))
 
     def test_lowest_rate_within_four_points(self):
         """0.04 is lost exactly at 0.6; 0.7 loses more."""
         (one,) = choose.chosen(both(points=[(0.5, 0.79, 0.3), (0.6, 0.76, 0.1), (0.7, 0.7, 0.0)]))
-        assert one.point == 0.6
+        assert one.point == "0.6"
 
     def test_of_equals_the_more_accurate(self):
         (one,) = choose.chosen(both(points=[(0.5, 0.77, 0.1), (0.6, 0.79, 0.1)]))
-        assert one.point == 0.6
+        assert one.point == "0.6"
 
     def test_else_the_best_exchange(self):
         (one,) = choose.chosen(both(points=[(0.5, 0.7, 0.5), (0.6, 0.6, 0.1), (0.7, 0.3, 0.0)]))
-        assert one.point == 0.6
+        assert one.point == "0.6"
 
     def test_points_that_count(self):
         """All of a path for TSC, ends left out; of fine-tuning its end, and the others for WiSE-FT."""
-        points = [(0.0, 0.8, 1.0), (0.3, 0.79, 0.5), (0.5, 0.78, 0.2), (1.0, 0.77, 0.1)]
+        points = [(0.0, 0.8, 1.0), (0.3, 0.79, 0.5), (0.5, 0.78, 0.2), (1.0, 0.75, 0.1)]
         lines = [*both(points=points), *both(method="fine_tuning", points=points, taken=1.0)]
-        lines += both(method="fst", points=points, taken=1.0)
+        lines += [*both(method="fst", points=points, taken=1.0), *both(method="anp", points=points, taken=0.3)]
         found = {(one.method, one.point) for one in choose.candidates(lines)}
-        expected = {(method, t) for method in ("tsc", "wise_ft") for t in (0.3, 0.5)}
-        assert found == expected | {("fine_tuning", 1.0), ("fst", 1.0)}
+        expected = {(method, t) for method in ("tsc", "wise_ft", "anp") for t in ("0.3", "0.5", choose.WITHIN)}
+        assert found == expected | {("fine_tuning", "1"), ("fst", "1"), ("anp", "0")}  # ANP prunes at 0, too
+
+    def test_a_point_within_the_accuracy_budget_is_that_of_each_suspect(self):
+        """0.5 of one, 0.3 of the other, where 0.5 loses 5 points of the held-out images."""
+        first, second = both(points=[(0.3, 0.79, 0.5), (0.5, 0.78, 0.2)])
+        second["paths"][0]["points"][1]["held_out"] = {"score": 0.75}
+        found = {one.point: one for one in choose.candidates([first, second])}
+        assert (found[choose.WITHIN].loss, found[choose.WITHIN].asr) == pytest.approx((0.015, 0.35))
+        assert found["0.5"].asr == pytest.approx(0.2)
+
+    def test_lines_of_two_trainings_are_refused(self):
+        lines = [*both(weights="a"), line(settings={"learning_rate": 0.2}, weights="b")]
+        with pytest.raises(UsageError, match="resnet/badnets was trained anew"):
+            choose.candidates(lines)
 
     def test_what_does_not_count(self):
         """Failures, other groups and attacks, a setting that one attack alone has measured."""
         good, other = both()
         lines = [good, other, line(attack="sig"), line(group="small"), line(settings={"learning_rate": 0.2})]
         lines += [{key: value for key, value in line(method="anp", error="nan").items() if key != "paths"}]
-        assert [one.settings for one in choose.candidates(lines)] == ["learning_rate 0.1"]
+        assert {one.settings for one in choose.candidates(lines)} == {"learning_rate 0.1"}
 
     def test_page(self):
         lines = [*both(), *both(settings={"learning_rate": 0.4}, points=[(0.5, 0.77, 0.02)])]
         row = choose.page(lines).splitlines()[-1]
-        assert row == "| resnet | tsc | learning_rate 0.4 | 0.5 | 2 | 3.0 | 2.0 | 97.5 |"
+        assert row == "| resnet | tsc | learning_rate 0.4 | 0.5 | 2 | 4 | 3.0 | 2.0 | 97.5 |"

@@ -5,12 +5,13 @@ import json
 import pytest
 
 from hf_tsc.baselines.registry import BASELINES
-from hf_tsc.benchmark.acceptance import of_last_training, suspect_table
+from hf_tsc.benchmark.acceptance import of_last_suspects, of_last_training, suspect_table
 from hf_tsc.benchmark.ahead import ahead_table
 from hf_tsc.benchmark.means import judging, means_table
 from hf_tsc.benchmark.pictures import _other_colour, plot_curves, plot_frontier, plot_means
 from hf_tsc.benchmark.points import farthest_within, last_points, markdown, taken_points
 from hf_tsc.benchmark.results import group_table, tables
+from hf_tsc.benchmark.twins import beside_twins
 from hf_tsc.cli import main
 from hf_tsc.metrics import defense_effectiveness
 
@@ -180,11 +181,25 @@ class TestSuspects:
         rows = rows_of(suspect_table([of_suspect("bpp"), *others, TWIN]))
         assert {row[-1] for row in rows} == {""}
 
+    def test_replaced_ones(self):
+        """An attack was given other settings; the models of other names are still there."""
+        first, second = of_suspect("bpp", asr=0.5), of_suspect("bpp")
+        first["suspect"] = "resnet-bpp-0-old"
+        rows = rows_of(suspect_table([TWIN, first, second, of_suspect("sig")]))
+        assert {(row[1], row[4]): row[-1] for row in rows} == {
+            ("clean", "1.0"): "",
+            ("bpp", "50.0"): "replaced, ASR below 90.0",
+            ("bpp", "100.0"): "",
+            ("sig", "100.0"): "",
+        }
+        assert of_last_suspects([first, second, TWIN]) == [second, TWIN]
+
 
 JUDGED = [
     TWIN,
     of_suspect("badnets", after=(0.1, 0.9)),  # chosen on
     of_suspect("blended", after=(0.1, 0.9)),
+    of_suspect("all_to_all", after=(0.1, 0.9)),  # with a trigger that was chosen on
     of_suspect("wanet", asr=0.5, after=(0.1, 0.9)),  # does not work
     of_suspect("bpp", after=(0.7, 0.1)),
     of_suspect("sig", after=(0.72, 0.3)),
@@ -215,9 +230,17 @@ class TestMeans:
         assert row["TSC"][-1] == ""
         del lines[0]["paths"][0]["points"][0]["retuned"]
 
+    def test_replaced_suspects_and_former_trainings_do_not_count(self):
+        replaced = of_suspect("bpp", after=(0.1, 0.9), weights="a")
+        replaced["suspect"] = "resnet-bpp-0-old"
+        former = of_suspect("bpp", after=(0.1, 0.9), weights="b")
+        assert judging([replaced, former, *JUDGED]) == judging(JUDGED)
+        text = tables([replaced, former, *JUDGED])
+        assert "| bpp | 1400 | TSC |  | 0.5 | 2 |" in text  # the former training is told, the replaced suspect is not
+
     def test_are_told_where_several_attacks_count(self):
         assert "### g: resnet, means over bpp, sig" in tables(JUDGED)
-        assert "means over" not in tables(JUDGED[:5])
+        assert "means over" not in tables(JUDGED[:6])
 
     def test_picture(self):
         left, _ = plot_means(judging(JUDGED), title="x").axes
@@ -243,6 +266,61 @@ def retuned(asr: float, **named) -> dict:
     made = of_suspect(**named)
     made["paths"][0]["points"][0]["retuned"] = measures(0.7, asr)
     return made
+
+
+class TestTwins:
+    @staticmethod
+    def twin(**changes) -> dict:
+        made = of_suspect("clean", acc=0.81, asr=0.01, **changes)
+        made["paths"][0]["points"][0]["retuned_with"] = {"bpp": measures(0.7, 0.25)}
+        return made
+
+    def row(self, lines: list[dict]) -> dict[str, str]:
+        """Of BPP."""
+        head, _, *_ = (table := group_table(beside_twins(lines))).splitlines()
+        (row,) = (row for row in rows_of(table) if row[0] == "bpp")
+        return dict(zip([name.strip() for name in head.strip("|").split("|")], row, strict=True))
+
+    def test_stand_beside(self):
+        row = self.row([retuned(0.5, attack="bpp"), of_suspect("sig"), self.twin()])
+        assert (row["re-tuned ASR"], row["twin's re-tuned ASR"]) == ("50.0", "25.0")
+
+    def test_in_means_of_attacks_that_have_it(self):
+        lines = [retuned(0.5, attack="bpp"), retuned(0.4, attack="sig"), self.twin()]
+        (row,) = rows_of(means_table(beside_twins(lines)[:1]))
+        assert row[-2:] == ["50.0", "25.0"]
+        (row,) = rows_of(means_table(beside_twins(lines)[:2]))
+        assert row[-2:] == ["45.0", ""]
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"settings": {"learning_rate": 0.2}}, {"budget": 280}, {"seed": 1}, {"model": "vit"}, {"method": "anp"}],
+    )
+    def test_of_another_run_is_none(self, change):
+        assert "twin's re-tuned ASR" not in self.row([retuned(0.5, attack="bpp"), self.twin(**change)])
+
+    def test_where_something_failed_is_none(self):
+        twin = {**self.twin(), "error": "the loss is nan"}
+        del twin["paths"]
+        assert "twin's re-tuned ASR" not in self.row([retuned(0.5, attack="bpp"), twin])
+        failed = {**of_suspect("bpp"), "error": "the loss is nan"}
+        assert beside_twins([failed, self.twin()])[0] == failed
+
+    def test_lines_stay_as_they_are(self):
+        line = retuned(0.5, attack="bpp")
+        beside_twins([line, self.twin()])
+        assert "retuned_twin" not in last_points(line)[0]
+
+    def test_at_the_points_that_are_taken(self):
+        """Which may differ where the accuracy chooses them."""
+        line = retuned(0.5, attack="bpp")
+        line["paths"][0]["points"] += [point(0.8, 0.7, 0.7, 0.3)]
+        twin = self.twin()
+        twin["paths"][0]["points"] += [point(0.6, 0.7, 0.7, 0.3)]
+        twin["paths"][0]["taken"] = twin["paths"][0]["points"][0]["t"] = 0.4
+        first, second = last_points(beside_twins([line, twin])[0])
+        assert first["retuned_twin"]["attack_success_rate"] == 0.25
+        assert "retuned_twin" not in second
 
 
 class TestWhoIsAhead:

@@ -45,7 +45,7 @@ from hf_tsc.readers import ReadOnce
 from hf_tsc.retuning import Retuning, retune
 from hf_tsc.suspects.dual_encoder import CAPTIONS
 from hf_tsc.tasks.evaluate import evaluate_source
-from hf_tsc.triggers import BadNets
+from hf_tsc.triggers import BadNets, Blended
 
 TRAIN, TEST = (0, 300), (300, 440)  # of the digits
 QUICK = {"num_train_epochs": 0.5, "per_device_train_batch_size": 32}
@@ -456,6 +456,28 @@ class TestReactivation:
         found = dict(points[1.0]["reactivated"])
         assert found.pop("settings").items() >= REACTIVATION.items()
         assert found == pytest.approx(asdict(expected), abs=1e-6)
+
+    def test_a_twin_is_retuned_with_the_triggers_of_others(self, images, tmp_path):
+        """Made by hand; and its own trigger beside."""
+        content = content_of({**TUNING, "group": "g", "attacks": ["clean"], "points": [], "retune": ["taken"]})
+        content["attacks"]["blended"] = {**ATTACK, "trigger": {"name": "blended"}}
+        content["cells"][0]["retune_with"] = ["blended"]
+        (cell,) = (plan := Plan.from_dict(content)).cells
+        run(plan, images, tmp_path / "r", tmp_path / "s")
+        (line,) = read_lines(tmp_path / "r")
+        (point,) = line["paths"][0]["points"]
+        _, twin = suspects.load(cell.suspect, tmp_path / "s" / images.hash)
+        pipeline, attack = ImagePipeline(processor()), Attack(Blended(), 0)
+        clean = pixel_dataset(images.train, images.clean_rows(cell).train, pipeline)
+        purified = fine_tune(twin, clean, FineTuning(**cell.settings), seed=0, use_cpu=True)
+        rows = np.arange(*CONTENT["rows"]["suspect"])
+        tuned = retune(purified, images.train, rows, pipeline, attack, Retuning(**RETUNING), seed=0, use_cpu=True)
+        report = Evaluator(
+            images.test, pipeline, num_classes=10, attack=attack, indices=np.arange(*CONTENT["rows"]["report"])
+        )
+        assert list(point["retuned_with"]) == ["blended"]
+        assert point["retuned_with"]["blended"] == pytest.approx(report(tuned).to_dict(), abs=1e-6)
+        assert point["retuned_with"]["blended"] != {k: point["retuned"][k] for k in point["retuned_with"]["blended"]}
 
     def test_what_is_next(self, tmp_path):
         """The twin, too, is trained before its cell is run."""

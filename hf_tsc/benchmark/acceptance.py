@@ -56,19 +56,36 @@ def suspect_table(lines: Sequence[Line]) -> str:
     """The suspects, on the images of `report`, what they miss, and how often each was trained.
 
     The same plan and seed give other weights on another machine. Lines of several trainings do not belong to one
-    network; those without the hash of its weights count as one. Measures are of the last line.
+    network; those without the hash of its weights count as one. Measures are of the last line. A suspect whose attack
+    was given other settings since is called replaced.
     """
     by_suspect, missed = {line["suspect"]: line for line in lines}, shortcomings(lines)
+    last = {line["suspect"] for line in of_last_suspects(lines)}
     rows = []
     for name, line in sorted(by_suspect.items()):
         measured = line["before"]["report"]
         names = [line["model"], line["attack"], str(line["seed"])]
         figures = [percent([measured[MEASURES[column]]]) for column in ("ACC", "ASR")]
+        misses = [*([] if name in last else ["replaced"]), *([missed[name]] if missed[name] else [])]
         trainings = {other.get("weights") for other in lines if other["suspect"] == name}
-        rows.append([*names, *figures, str(len(trainings)), missed[name]])
+        rows.append([*names, *figures, str(len(trainings)), ", ".join(misses)])
     return markdown(["model", "attack", "seed", "ACC", "ASR", "trainings", "misses"], rows)
 
 
+def of_last_suspects(lines: Sequence[Line]) -> list[Line]:
+    """Of each model, attack and seed the lines of the last suspect: those of one that was replaced are left out."""
+    return _like_the_last(lines, "suspect")
+
+
 def of_last_training(lines: Sequence[Line]) -> list[Line]:
-    """Those lines of one suspect that measured the same weights as the last one did."""
-    return [line for line in lines if line.get("weights") == lines[-1].get("weights")]
+    """Of each model, attack and seed the lines that measured the same weights as the last one did."""
+    return _like_the_last(lines, "suspect", "weights")
+
+
+def _like_the_last(lines: Sequence[Line], *names: str) -> list[Line]:
+    last = {(line["model"], line["attack"], line["seed"]): [line.get(name) for name in names] for line in lines}
+    return [
+        line
+        for line in lines
+        if [line.get(name) for name in names] == last[line["model"], line["attack"], line["seed"]]
+    ]

@@ -21,7 +21,7 @@ from hf_tsc.benchmark.plan import TAKEN, Cell, Places
 from hf_tsc.benchmark.suspects import TASKS, attack_of, load
 from hf_tsc.captions import TEMPLATES
 from hf_tsc.errors import AccuracyBudgetError, PurificationError
-from hf_tsc.evaluation import Evaluator, Reader, read_logits
+from hf_tsc.evaluation import Attack, Evaluator, Reader, read_logits
 from hf_tsc.functional import call_at, model_at
 from hf_tsc.hub import load_tokenizer
 from hf_tsc.images import ImagePipeline, pixel_dataset
@@ -106,18 +106,19 @@ class _Bench:
         )
         self.attack = attack_of(cell.suspect, cache)
         self.twin = load(cell.twin, cache)[1] if cell.twin is not None else None
-        options: dict[str, Any] = {"attack": self.attack, "num_classes": _classes(images)}
-        options["reader"] = ReadOnce(_reader(cell, images, work))
-        self.evaluators = {
-            name: Evaluator(images.test, self.pipeline, indices=rows_of(cell.rows[name]), **options)
-            for name in ("select", "report")
-        }
+        reading: dict[str, Any] = {"num_classes": _classes(images), "reader": ReadOnce(_reader(cell, images, work))}
+
+        def evaluator(name: str, attack: Attack) -> Evaluator:
+            return Evaluator(images.test, self.pipeline, indices=rows_of(cell.rows[name]), attack=attack, **reading)
+
+        self.evaluators = {name: evaluator(name, self.attack) for name in ("select", "report")}
+        attacks = {other.attack: attack_of(other, cache) for other in cell.retune_with}
+        self.others = {name: (attack, evaluator("report", attack)) for name, attack in attacks.items()}
         self.on_held_out: Callable[[Forward], Measures]
         if classifier:
             objective = ImageClassification(self.pipeline)
             self.on_held_out = lambda forward: objective.evaluate(forward, self.case.held_out_batches())
         else:
-            reading = {"num_classes": _classes(images), "reader": options["reader"]}
             measured = Evaluator(images.train, self.pipeline, indices=rows.held_out, **reading)
             self.on_held_out = lambda forward: {"score": measured.clean_accuracy(forward, device=self.device)}
 
@@ -150,18 +151,23 @@ class _Bench:
 
     def _attacked(self, params: Params, *, reactivated: bool) -> Measures:
         purified, settings = model_at(self.suspect, params), Retuning(**self.cell.retuning)
-        tuned = self._retune(purified, settings)
+        tuned = self._retune(purified, self.attack, settings)
         found: Measures = {"retuned": {"settings": asdict(settings), **self._on("report", tuned)}}
+        if self.others:
+            found["retuned_with"] = {
+                name: self._by(evaluator, self._retune(purified, attack, settings))
+                for name, (attack, evaluator) in self.others.items()
+            }
         return found | ({"reactivated": self._reactivated(purified, tuned)} if reactivated else {})
 
-    def _retune(self, purified: PreTrainedModel, settings: Retuning) -> PreTrainedModel:
+    def _retune(self, purified: PreTrainedModel, attack: Attack, settings: Retuning) -> PreTrainedModel:
         with torch.enable_grad():
             return retune(
                 purified,
                 self.images.train,
                 rows_of(self.cell.rows["suspect"]),
                 self.pipeline,
-                self.attack,
+                attack,
                 settings,
                 seed=self.cell.seed,
                 use_cpu=self.use_cpu,
@@ -187,7 +193,10 @@ class _Bench:
         return lambda **inputs: call_at(self.suspect, params, inputs)
 
     def _on(self, name: str, forward: Forward) -> Measures:
-        return _rounded(self.evaluators[name](forward, device=self.device).to_dict())
+        return self._by(self.evaluators[name], forward)
+
+    def _by(self, evaluator: Evaluator, forward: Forward) -> Measures:
+        return _rounded(evaluator(forward, device=self.device).to_dict())
 
     def _held_out(self, forward: Forward) -> Measures:
         return _rounded(self.on_held_out(forward))

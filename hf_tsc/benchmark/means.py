@@ -7,18 +7,25 @@ from itertools import groupby
 from statistics import mean
 from typing import Any
 
-from hf_tsc.benchmark.acceptance import CLEAN, shortcomings
+from hf_tsc.benchmark.acceptance import ALL_TO_ALL, CLEAN, of_last_training, shortcomings
 from hf_tsc.benchmark.lines import Line
-from hf_tsc.benchmark.points import Taken, markdown, percent, shown_settings, taken_points
+from hf_tsc.benchmark.points import Taken, columns_of, markdown, percent, shown_settings, taken_points
 
 TUNED_ON = ("badnets", "blended")
-COLUMNS = ("ACC before", "ASR before", "ACC", "ASR", "RA", "DER", "re-tuned ACC", "re-tuned ASR")
+LEFT_OUT = (*TUNED_ON, ALL_TO_ALL, CLEAN)  # all-to-all has a trigger that settings were chosen on
 
 
 def judging(lines: Sequence[Line]) -> list[Line]:
-    """The lines that count: of suspects without shortcomings, and attacks that no setting was chosen on."""
+    """The lines that count: of suspects without shortcomings, and attacks that no setting was chosen on.
+
+    Of a suspect that was changed or trained anew, only the last one counts.
+    """
     missed = shortcomings(lines)
-    return [line for line in lines if line["attack"] not in (*TUNED_ON, CLEAN) and not missed[line["suspect"]]]
+    return [
+        line
+        for line in of_last_training(lines)
+        if line["attack"] not in LEFT_OUT and not missed[line["suspect"]]
+    ]
 
 
 def attacks_of(lines: Sequence[Line]) -> list[str]:
@@ -38,12 +45,13 @@ def means_table(lines: Sequence[Line]) -> str:
 
     rows = []
     found = sorted((taken for line in lines for taken in taken_points(line)), key=key)
+    columns = columns_of(found)
     for (budget, shown, method), several in groupby(found, key=key):
         same = list(several)
         names = ", ".join(f"{name} {value}" for name, value in shown if value)
         head = [str(budget), method, names, f"{len({taken.line['suspect'] for taken in same})} of {total}"]
-        rows.append([*head, *(percent(_by_seed(same, column)) for column in COLUMNS)])
-    return markdown(["images", "method", "settings", "suspects", *COLUMNS], rows)
+        rows.append([*head, *(percent(_by_seed(same, column)) for column in columns)])
+    return markdown(["images", "method", "settings", "suspects", *columns], rows)
 
 
 def _by_seed(same: Sequence[Taken], column: str) -> list[float | None]:

@@ -38,6 +38,7 @@ A plan is a YAML file:
         points: [0.5, 1.0]      # where the path is measured on select; 0, 0.1, ... 1 by default
         report: [0.5]           # where it is also measured on report; `taken` is the point that the method takes
         retune: [taken]         # and after the re-tuning attack
+        retune_with: [blended]  # clean twins among the attacks: with the triggers of these, too, as a control
         reactivate: [0.5]       # some of retune: also under query-based reactivation, beside the clean twin
 
 The seed of a cell makes its suspect, draws the clean images and trains.
@@ -70,7 +71,8 @@ Places = tuple[float | str, ...]
 class Cell:
     """One run of a method, and where its result is measured.
 
-    `twin` is the clean twin of the suspect, where points are reactivated.
+    `twin` is the clean twin of the suspect, where points are reactivated; `retune_with` are those whose
+    attacks a clean twin is re-tuned with besides its own.
     """
 
     group: str
@@ -87,6 +89,7 @@ class Cell:
     reactivate: Places = ()
     reactivation: dict[str, Any] = field(default_factory=dict)
     twin: SuspectPlan | None = None
+    retune_with: tuple[SuspectPlan, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -95,15 +98,18 @@ class Cell:
     @property
     def suspects(self) -> list[SuspectPlan]:
         """The models that have to be there before it can run."""
-        return [self.suspect, *([self.twin] if self.twin is not None else [])]
+        learnt = [other for other in self.retune_with if other.learns_trigger]
+        return [self.suspect, *([self.twin] if self.twin is not None else []), *learnt]
 
     @property
     def id(self) -> str:
         """Of everything that the result depends on, but the images; not of the group's name."""
-        apart = ("group", "suspect", "reactivate", "reactivation", "twin")
+        apart = ("group", "suspect", "reactivate", "reactivation", "twin", "retune_with")
         content = {key: value for key, value in vars(self).items() if key not in apart}
         if self.twin is not None:
             content |= {"reactivate": self.reactivate, "reactivation": self.reactivation, "twin": self.twin.id}
+        if self.retune_with:
+            content["retune_with"] = {other.attack: other.attack_content for other in self.retune_with}
         return digest({**content, "suspect": self.suspect.id})
 
     def describe(self) -> dict[str, Any]:
@@ -183,15 +189,18 @@ class Plan:
 
 def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str, tuple[int, int]]) -> Iterator[Cell]:
     known = {"group", "models", "attacks", "seeds", "budget", "held_out", "method", "settings", "grid", "points",
-             "report", "retune", "reactivate"}  # fmt: skip
+             "report", "retune", "retune_with", "reactivate"}  # fmt: skip
     _check_keys(entry, known, "a group of cells")
     if entry["method"] not in METHODS:
         raise ValueError(f"method {entry['method']!r}: expected one of {', '.join(METHODS)}")
     grid: dict[str, list[Any]] = entry.get("grid", {})
     reactivate = _places(entry.get("reactivate", ()))
+    if entry.get("retune_with") and not entry.get("retune"):
+        raise ValueError(f"retune_with {entry['retune_with']}: expected points to retune")
     for model, attack, seed in itertools.product(entry["models"], entry["attacks"], entry["seeds"]):
         suspects = Suspects(content, model, int(seed), rows["suspect"])
         suspect = suspects.of(attack)
+        others = tuple(suspects.of(other) for other in entry.get("retune_with", ()))
         twin = suspects.clean_twin(attack, "is reactivated beside") if reactivate else None
         for values in itertools.product(*grid.values()):
             cell = Cell(
@@ -209,6 +218,7 @@ def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str,
                 reactivate=reactivate,
                 reactivation=dict(content["models"][model].get("reactivation", {})),
                 twin=twin,
+                retune_with=others if suspect.is_clean else (),
             )
             _check(cell)
             yield cell

@@ -18,7 +18,9 @@ from hf_tsc.benchmark.lines import Line
 from hf_tsc.metrics import defense_effectiveness
 
 MAX_DROP = 0.04
+COLUMNS = ("ACC before", "ASR before", "ACC", "ASR", "RA", "DER", "re-tuned ACC", "re-tuned ASR")
 MEASURES = {"ACC": "accuracy", "ASR": "attack_success_rate", "RA": "robust_accuracy"}
+TWIN_RETUNED = "twin's re-tuned ASR"  # shown where it is known
 REACTIVATED = {"reactivated ASR": "reactivated", "clean twin's ASR": "twin"}  # shown where something was reactivated
 LOST = "ACC lost"
 Measures = dict[str, Any]
@@ -53,6 +55,8 @@ class Taken:
             )
         if name in REACTIVATED:
             return self.point.get("reactivated", {}).get(REACTIVATED[name])
+        if name == TWIN_RETUNED:
+            return self.point.get("retuned_twin", {}).get("attack_success_rate")
         if name.startswith("re-tuned "):
             return self.point.get("retuned", {}).get(MEASURES[name.removeprefix("re-tuned ")])
         return measured[MEASURES[name]]
@@ -63,15 +67,25 @@ def last_points(line: Line) -> list[Measures]:
     return line["paths"][-1]["points"]
 
 
+def is_taken(line: Line, point: Measures) -> bool:
+    """Whether it is the point that the line's method takes, if it is one of the last path."""
+    return bool(point["t"] == line["paths"][-1]["taken"])
+
+
 def taken_points(line: Line) -> list[Taken]:
     """What a line has to say of each method; nothing where the method failed."""
     if "error" in line:
         return []
-    points, at = last_points(line), line["paths"][-1]["taken"]
-    own = next(point for point in points if point["t"] == at)
+    own = next(point for point in last_points(line) if is_taken(line, point))
     names = names_of(line["method"])
     within = farthest_within(line)
     return [Taken(names[0], line, own), *([Taken(names[1], line, within)] if within is not None else [])]
+
+
+def columns_of(found: Sequence[Taken]) -> list[str]:
+    """Those of a table: of clean twins and of reactivation only where something was measured."""
+    twins = (TWIN_RETUNED,) if any("retuned_twin" in taken.point for taken in found) else ()
+    return [*COLUMNS, *twins, *(REACTIVATED if any("reactivated" in taken.point for taken in found) else ())]
 
 
 def names_of(method: str) -> tuple[str, str]:

@@ -7,18 +7,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from hf_tsc.benchmark.acceptance import CLEAN, of_last_training, suspect_table
+from hf_tsc.benchmark.acceptance import CLEAN, of_last_suspects, of_last_training, suspect_table
 from hf_tsc.benchmark.ahead import ahead_table
 from hf_tsc.benchmark.lines import Line
-from hf_tsc.benchmark.means import COLUMNS, attacks_of, judging, means_table
+from hf_tsc.benchmark.means import attacks_of, judging, means_table
 from hf_tsc.benchmark.pictures import is_reported, plot_curves, plot_frontier, plot_means
-from hf_tsc.benchmark.points import REACTIVATED, Taken, markdown, percent, shown_settings, taken_points
+from hf_tsc.benchmark.points import Taken, columns_of, markdown, percent, shown_settings, taken_points
+from hf_tsc.benchmark.twins import beside_twins
 
 
 def group_table(lines: Sequence[Line]) -> str:
     """One row an attack, method and setting, in percent; several seeds as mean ± standard deviation.
 
-    Settings that all lines of a method share are left out, and columns of reactivation where there was none.
+    Settings that all lines of a method share are left out, and columns of clean twins and of reactivation where they
+    would be empty.
     """
     settings_of = shown_settings(lines)
 
@@ -27,7 +29,7 @@ def group_table(lines: Sequence[Line]) -> str:
 
     rows = []
     found = sorted((taken for line in lines for taken in taken_points(line)), key=key)
-    columns = [*COLUMNS, *(REACTIVATED if any("reactivated" in taken.point for taken in found) else ())]
+    columns = columns_of(found)
     for (attack, budget, settings, method), several in groupby(found, key=key):
         same = list(several)
         points = ", ".join(sorted({f"{taken.point['t']:g}" for taken in same}))
@@ -40,7 +42,9 @@ def group_table(lines: Sequence[Line]) -> str:
 
 def tables(lines: Sequence[Line]) -> str:
     """Markdown with a table of suspects; for a group's models of attacks, of their means, of who is ahead."""
-    parts, counting = [f"## Suspects\n\n{suspect_table(lines)}"], judging(lines)
+    parts = [f"## Suspects\n\n{suspect_table(lines)}"]
+    lines = beside_twins(of_last_suspects(lines))
+    counting = judging(lines)
     for name in dict.fromkeys(line["group"] for line in lines):
         for model in sorted({line["model"] for line in lines}):
             group, judged = (_of_group(some, name, model) for some in (lines, counting))
@@ -49,7 +53,7 @@ def tables(lines: Sequence[Line]) -> str:
             parts += ["\n".join(failed)] if failed else []
             if len(attacks := attacks_of(judged)) > 1:
                 parts.append(f"### {name}: {model}, means over {', '.join(attacks)}\n\n{means_table(judged)}")
-                twins = [line for line in group if line["attack"] == CLEAN]
+                twins = [line for line in of_last_training(group) if line["attack"] == CLEAN]
                 parts.append(f"### {name}: {model}, who is ahead\n\n{ahead_table([*judged, *twins])}")
     return "\n\n".join(parts) + "\n"
 

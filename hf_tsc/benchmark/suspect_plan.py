@@ -43,6 +43,21 @@ class SuspectPlan:
     def id(self) -> str:
         return f"{self.model}-{self.attack}-{self.seed}-{digest(self._content())}"
 
+    @property
+    def is_clean(self) -> bool:
+        """Whether it is a clean twin."""
+        return self.poison_rate == 0 and self.start is None
+
+    @property
+    def learns_trigger(self) -> bool:
+        """Whether its trigger is trained together with it."""
+        return trigger_from_dict(self.trigger).poisoning.learnt
+
+    @property
+    def attack_content(self) -> Any:
+        """Everything that its trigger and target depend on."""
+        return self.id if self.learns_trigger else [self.trigger, self.target_label]
+
     def _content(self) -> dict[str, Any]:
         """What later versions added has no part in it where it is not used, so that ids stay what they are."""
         apart = {"model", "attack", "start"}
