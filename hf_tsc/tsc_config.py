@@ -23,7 +23,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "constant": lambda progress: 1.0,
 }
-CLASSIFYING = ("cross_entropy", "distillation")
+CLASSIFYING = ("distillation", "cross_entropy")  # the default first
 PAIRWISE = ("simclr", "image_text")  # these compare the items of a batch with each other
 OBJECTIVES = (*CLASSIFYING, *PAIRWISE)
 TEACHER_VIEWS = ("same", "clean")
@@ -58,7 +58,6 @@ PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER_PRESET}
 # Searched on CIFAR-10; see docs/results.md.
 COMMON_DEFAULTS: dict[str, Any] = {
     "stages": 1,
-    "objective": "distillation",
     "mixup_alpha": 1.0,
 }
 IN_PLACE = [kind for kind in KINDS if kind != "residual"]  # what may move so that hidden states stay
@@ -101,7 +100,7 @@ OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-DEPENDING_ON_THE_MODEL = set[str]().union(
+DEPENDING_ON_THE_MODEL = {"objective"}.union(
     BATCH_NORM_DEFAULTS,
     TRANSFORMER_DEFAULTS,
     BATCH_NORM_FOLLOWING,
@@ -161,7 +160,8 @@ class TSCConfig(TrainingArguments):
     > Parameters that control the loss
 
     objective (`str`): of classifiers `cross_entropy` (labels) or `distillation` (the suspect's own answers on clean
-        images); of encoders `distillation` (its features) or `simclr`; of dual encoders `image_text`.
+        images); of encoders `distillation` (its features) or `simclr`; of dual encoders `image_text` (pairs) or
+        `distillation` (its embeddings of images and of texts).
     temperature (`float`): of the distillation from a classifier, and of SimCLR.
     teacher_view (`str`): what the suspect answers to when a classifier is distilled from it: `same`, the augmented and
         mixed picture; `clean`, the picture as it is in the data set.
@@ -289,12 +289,11 @@ class TSCConfig(TrainingArguments):
 
         Args:
             model: the suspect.
-            objectives: those that fit it; the family's own default counts where it is among them, else the first.
+            objectives: those that fit it, the default first.
             overrides: fields and their values.
         """
         family = family_defaults(model)
-        usual = family["objective"] if family["objective"] in objectives else objectives[0]
-        objective = overrides.get("objective", usual)
+        objective = overrides.get("objective", objectives[0])
         chosen = {"objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides}
         if overrides.get("optim", "sgd") != "sgd":
             chosen = {"relative_rate": False, **chosen}

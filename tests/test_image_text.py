@@ -12,7 +12,8 @@ from transformers import SiglipConfig, SiglipModel
 from hf_tsc.captions import CaptionTable
 from hf_tsc.errors import UsageError
 from hf_tsc.images import ImagePipeline, collate
-from hf_tsc.objectives import Captions, ImageText, sigmoid_loss, softmax_loss
+from hf_tsc.objectives import Captions, EmbeddingDistillation, ImageText, Mixup, sigmoid_loss, softmax_loss
+from hf_tsc.objectives.hidden_states import unexplained
 from hf_tsc.objectives.image_text import draw_captions
 from hf_tsc.readers import text_embeddings
 from hf_tsc.suspects.dual_encoder import word_tokenizer
@@ -169,3 +170,75 @@ class TestImageText:
     def test_a_batch_of_one(self):
         with pytest.raises(UsageError, match="a batch size of 2 or more"):
             ImageText(PIPELINE, CAPTIONS).loss(tiny.model("clip"), batch([[0]]), seed=0)
+
+
+def in_double(network):
+    """A forward that takes single precision's pixels to a network in double precision."""
+    return lambda pixel_values, **inputs: network(pixel_values=pixel_values.double(), **inputs)
+
+
+class TestEmbeddingDistillation:
+    BATCH = ((0,), (1,), (2,), (1,))
+
+    def networks(self):
+        """A student and its teacher, in double precision."""
+        return (tiny.random_model("clip", seed=seed).eval() for seed in (1, 2))
+
+    @pytest.mark.parametrize("weight", [0.0, 3.0])
+    def test_value_and_gradient_of_the_sum_written_out(self, weight):
+        """On the same mixed images, with the same captions."""
+        model, teacher = self.networks()
+        data = batch([list(numbers) for numbers in self.BATCH])
+        options = {"mixup_alpha": 1.0, "feature_weight": weight, "feature_states": "last"}
+        loss = EmbeddingDistillation(PIPELINE, CAPTIONS, in_double(teacher), **options).loss(
+            in_double(model), data, seed=5
+        )
+        pixels = PIPELINE.normalize(Mixup(1.0)(data["pixels"] / 255, seed=5)[0])
+        inputs = {"pixel_values": pixels.double(), **CAPTIONS.inputs(data["captions"][:, 0])}
+        found, taught = (one(**inputs, output_hidden_states=True) for one in (model, teacher))
+
+        def missed(one, other):
+            away = sum((one[i] - other[i]).square().sum() for i in range(4))
+            return away / sum((other[i] - sum(other) / 4).square().sum() for i in range(4))
+
+        expected = missed(found.image_embeds, taught.image_embeds.detach()) / 2
+        expected = expected + missed(found.text_embeds, taught.text_embeds.detach()) / 2
+        states = (one.vision_model_output.hidden_states[-1] for one in (found, taught))
+        expected = expected + weight * missed(next(states), next(states).detach())
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradients, wanted = (torch.autograd.grad(x, parameters, allow_unused=True) for x in (loss, expected))
+        for name, gradient, other in zip(names, gradients, wanted, strict=True):
+            assert (gradient is None) == (other is None) == (name == "logit_scale"), name
+            assert gradient is None or torch.allclose(gradient, other, atol=1e-12), name
+
+    def test_of_the_teacher_itself_is_nothing(self):
+        _, teacher = self.networks()
+        data = batch([list(numbers) for numbers in self.BATCH])
+        same = in_double(teacher)
+        loss = EmbeddingDistillation(PIPELINE, CAPTIONS, same, feature_weight=1.0).loss(same, data, seed=0)
+        assert loss.item() == pytest.approx(0, abs=1e-12)
+
+    def test_one_caption_for_all_says_nothing_of_texts(self):
+        """Whose embeddings do not vary: the images alone count."""
+        model, teacher = self.networks()
+        model, teacher = in_double(model), in_double(teacher)
+        data = batch([[1], [1], [1]])
+        loss = EmbeddingDistillation(PIPELINE, CAPTIONS, teacher).loss(model, data, seed=0)
+        inputs = {"pixel_values": PIPELINE.model_input(data["pixels"]), **CAPTIONS.inputs(torch.tensor([1]))}
+        found, taught = (one(**inputs).image_embeds for one in (model, teacher))
+        assert loss.item() == pytest.approx(unexplained([found], [taught]).item() / 2, rel=1e-9)
+
+    def test_training_inputs_are_what_the_model_is_shown(self):
+        seen, data = [], batch([[0, 1], [1, 2], [2, 0]])
+        model = tiny.model("clip")
+        objective = EmbeddingDistillation(PIPELINE, CAPTIONS, model, augmentation="crop_flip", mixup_alpha=1.0)
+        objective.loss(lambda **inputs: seen.append(inputs) or model(**inputs), data, seed=5)
+        found = objective.training_inputs(data, seed=5)
+        assert found.keys() == seen[0].keys()
+        assert all(torch.equal(found[name], seen[0][name]) for name in found)
+
+    def test_a_batch_of_one(self):
+        model = tiny.model("clip")
+        with pytest.raises(UsageError, match="a batch size of 2 or more"):
+            EmbeddingDistillation(PIPELINE, CAPTIONS, model).loss(model, batch([[0]]), seed=0)

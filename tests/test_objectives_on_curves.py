@@ -16,9 +16,18 @@ from hf_tsc.architectures import VARIANTS
 from hf_tsc.derive import example_inputs
 from hf_tsc.errors import UsageError
 from hf_tsc.images import ImagePipeline
-from hf_tsc.objectives import Captions, FeatureDistillation, ImageText, Objective, ProjectionHead, SimCLR, features_of
+from hf_tsc.objectives import (
+    Captions,
+    EmbeddingDistillation,
+    FeatureDistillation,
+    ImageText,
+    Objective,
+    ProjectionHead,
+    SimCLR,
+    features_of,
+)
 from hf_tsc.towers import parameters_by_tower
-from hf_tsc.tsc_config import TSCConfig
+from hf_tsc.tsc_config import IN_PLACE, TSCConfig
 from hf_tsc.tsc_trainer import TSCTrainer
 
 STEPS = 3
@@ -54,6 +63,10 @@ def case(name: str) -> tuple[Any, Objective]:
     """Model and objective."""
     if name == "clip":
         return tiny.model("clip"), ImageText(PIPELINE, captions())
+    if name == "features clip":
+        model = tiny.model("clip").eval()
+        options = {"augmentation": "crop", "mixup_alpha": 1.0, "feature_weight": 2.0, "feature_states": "last"}
+        return model, EmbeddingDistillation(PIPELINE, captions(), model, **options)
     kind, family = name.split()
     model = encoder(family)
     if kind == "features":
@@ -66,7 +79,9 @@ def trainer(folder, name: str, **changes) -> TSCTrainer:
     model, objective = case(name)
     options = {"curve_steps": STEPS, "stages": 2, "sweep_points": 3, "per_device_train_batch_size": 8, "seed": 1}
     options |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-    data = Captioned if name == "clip" else lambda *rows: tiny.digits(*rows, labelled=False)
+    if name == "features clip":
+        options |= {"objective": "distillation", "move_spaces": IN_PLACE, "feature_weight": 2.0}
+    data = Captioned if name.endswith("clip") else lambda *rows: tiny.digits(*rows, labelled=False)
     return TSCTrainer(
         model,
         TSCConfig(output_dir=str(folder), **{**options, **changes}),
@@ -79,10 +94,10 @@ def trainer(folder, name: str, **changes) -> TSCTrainer:
 
 def inputs(name: str) -> dict[str, Tensor]:
     pixels = torch.randn(3, 3, tiny.IMAGE, tiny.IMAGE, generator=torch.Generator().manual_seed(2))
-    return {"pixel_values": pixels, **(captions().inputs(torch.tensor([4, 2, 7])) if name == "clip" else {})}
+    return {"pixel_values": pixels, **(captions().inputs(torch.tensor([4, 2, 7])) if name.endswith("clip") else {})}
 
 
-CASES = ("simclr resnet", "simclr vit", "features resnet", "features vit", "clip")
+CASES = ("simclr resnet", "simclr vit", "features resnet", "features vit", "clip", "features clip")
 
 
 @pytest.mark.parametrize("name", CASES)

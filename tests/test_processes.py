@@ -37,6 +37,7 @@ from hf_tsc.images import ImagePipeline
 from hf_tsc.launching import config_file
 from hf_tsc.objectives import (
     Captions,
+    EmbeddingDistillation,
     FeatureDistillation,
     ImageClassification,
     ImageText,
@@ -52,7 +53,7 @@ from hf_tsc.processes import (
     rank,
     speaks_of,
 )
-from hf_tsc.tsc_config import TSCConfig
+from hf_tsc.tsc_config import IN_PLACE, TSCConfig
 from hf_tsc.tsc_trainer import TSCTrainer
 
 RANKS = 2
@@ -117,6 +118,11 @@ def repeated(model: Any) -> Objective:
     return FeatureDistillation(Doubles(tiny.processor()), model, augmentation="crop", mixup_alpha=1.0)
 
 
+def embedded(model: Any) -> Objective:
+    options: dict[str, Any] = {"augmentation": "crop", "mixup_alpha": 1.0, "feature_weight": 2.0}
+    return EmbeddingDistillation(Doubles(tiny.processor()), captions(), model, **options)
+
+
 def new_model(family: str) -> Any:
     """Random, in float64."""
     if family != "encoder":
@@ -141,6 +147,11 @@ CASES: dict[str, tuple[str, Callable[[Any], Objective], dict[str, Any]]] = {
     "clip": ("clip", matched, {"learning_rate": 5.0, "statistics_batch_size": IMAGES}),
     "simclr": ("encoder", told_apart, {"statistics_batch_size": IMAGES, "stages": 1}),
     "features": ("encoder", repeated, {"statistics_batch_size": IMAGES, "stages": 1, "learning_rate": 1e-3}),
+    "clip_features": (
+        "clip",
+        embedded,
+        {"statistics_batch_size": IMAGES, "stages": 1, "learning_rate": 1e-3, "move_spaces": IN_PLACE},
+    ),
 }
 SHARDED = ("vit", "clip", "resnet")
 RESUMED = {"vit": (1, 2), "resnet": (2, 3)}  # in the middle of a curve, and on a boundary

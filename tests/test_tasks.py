@@ -27,6 +27,7 @@ from hf_tsc import Attack, BadNets, PurificationReport, UsageError, purify
 from hf_tsc.captions import find_caption_column
 from hf_tsc.cli import main
 from hf_tsc.data import open_images
+from hf_tsc.derive import example_inputs
 from hf_tsc.hub import resolve_model
 from hf_tsc.images import ImagePipeline
 from hf_tsc.objectives import features_of
@@ -191,6 +192,19 @@ class TestDualEncoder:
         assert set(report.after["held_out"]) == {*names, "retrieval"}
         assert "captions found for images (R@1) (test)" in (tmp_path / "out" / "README.md").read_text()
         assert AutoTokenizer.from_pretrained(tmp_path / "out")("a 3")["input_ids"] == [18, 0, WORDS.index("3"), 19]
+
+    def test_purified_by_its_own_embeddings(self, folders, tmp_path):
+        """Image tower alone, whose hidden states are followed; embeddings of texts stay bit by bit."""
+        config = {"objective": "distillation", "train_towers": ["image"], "move_towers": ["image"]}
+        report = run(folders["clip"], tmp_path / "out", captioned(0, 100), config=config)
+        arguments = {name: report.arguments[name] for name in ("objective", "feature_weight", "feature_states")}
+        assert arguments == {"objective": "distillation", "feature_weight": 2.0, "feature_states": "last"}
+        suspect, purified = (AutoModel.from_pretrained(place).eval() for place in (folders["clip"], tmp_path / "out"))
+        inputs = {name: tensor.cpu() for name, tensor in example_inputs(suspect).items()}
+        with torch.no_grad():
+            before, after = (model(**inputs) for model in (suspect, purified))
+        assert torch.equal(before.text_embeds, after.text_embeds)
+        assert not torch.allclose(before.image_embeds, after.image_embeds, atol=1e-4)
 
     def test_accuracy_is_that_of_a_pipeline(self, folders, tmp_path):
         """Prompts made of class names: no captions."""

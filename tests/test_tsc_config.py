@@ -98,7 +98,7 @@ class TestChecks:
             ({"curve2_window": [0.0, 1.1]}, "curve2_window"),
             ({"curve2_window": [0.5]}, "curve2_window"),
             ({"matching": "cosine"}, "matching='cosine': expected one of l2, correlation"),
-            ({"objective": "clip"}, "objective='clip': expected one of cross_entropy, distillation"),
+            ({"objective": "clip"}, "objective='clip': expected one of distillation, cross_entropy"),
             ({"augmentation": "flip"}, "augmentation='flip': expected one of none, crop, crop_flip"),
             ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type='polynomial': expected one of cosine, linear"),
             ({"move_spaces": ["hidden", "head"]}, "move_spaces names head: expected some of residual, hidden, heads"),

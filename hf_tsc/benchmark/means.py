@@ -21,11 +21,7 @@ def judging(lines: Sequence[Line]) -> list[Line]:
     Of a suspect that was changed or trained anew, only the last one counts.
     """
     missed = shortcomings(lines)
-    return [
-        line
-        for line in of_last_training(lines)
-        if line["attack"] not in LEFT_OUT and not missed[line["suspect"]]
-    ]
+    return [line for line in of_last_training(lines) if line["attack"] not in LEFT_OUT and not missed[line["suspect"]]]
 
 
 def attacks_of(lines: Sequence[Line]) -> list[str]:

@@ -10,10 +10,11 @@ from hf_tsc.objectives.classification import (
 )
 from hf_tsc.objectives.encoding import FeatureDistillation, ProjectionHead, SimCLR, WithHead, features_of, nt_xent
 from hf_tsc.objectives.hidden_states import HiddenStates
-from hf_tsc.objectives.image_text import Captions, ImageText, sigmoid_loss, softmax_loss
+from hf_tsc.objectives.image_text import Captions, EmbeddingDistillation, ImageText, sigmoid_loss, softmax_loss
 
 __all__ = [
     "Captions",
+    "EmbeddingDistillation",
     "FeatureDistillation",
     "Forward",
     "HiddenStates",

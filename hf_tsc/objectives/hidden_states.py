@@ -55,18 +55,19 @@ def following(objective: Any, places: Sequence[int]) -> Any:
     return own
 
 
-def call_with_states(forward: Forward, inputs: Tensor) -> Any:
-    """The output of a network for pixels (n, 3, H, W), hidden states included."""
-    return forward(pixel_values=inputs, output_hidden_states=True)
+def call_with_states(forward: Forward, inputs: Tensor, **further: Tensor) -> Any:
+    """The output of a network for pixels (n, 3, H, W) and what else it takes, hidden states included."""
+    return forward(pixel_values=inputs, output_hidden_states=True, **further)
 
 
 def states_of(output: Any) -> Sequence[Tensor]:
-    """Each (n, ...).
+    """Each (n, ...); of a dual encoder those of its image tower.
 
     Raises:
         UsageError: there are none.
     """
-    states = getattr(output, "hidden_states", None)
+    image_tower = getattr(output, "vision_model_output", output)
+    states = getattr(image_tower, "hidden_states", None)
     if not states:
         raise UsageError(f"{type(output).__name__} has no hidden states to follow: give feature_weight=0")
     return states

@@ -1,4 +1,4 @@
-"""Train a dual encoder (CLIP, SigLIP, ...) on images and their captions, as it was trained in the first place."""
+"""Train a dual encoder (CLIP, SigLIP, ...) on images and captions: as in the first place, or to repeat its teacher."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from hf_tsc.activations import Batch
 from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
 from hf_tsc.objectives.base import Forward
+from hf_tsc.objectives.classification import Mixup
+from hf_tsc.objectives.hidden_states import HiddenStates, unexplained
 from hf_tsc.processes import Rows, across_processes, counted_once, loss_of_all, own_rows
 
 
@@ -66,6 +68,7 @@ class ImageText:
     ):
         self.pipeline, self.captions, self.sigmoid = pipeline, captions, sigmoid
         self.augmentation = Augmentation(augmentation)
+        self.mixup: Mixup | None = None
 
     def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
         if len(batch["pixels"]) < 2:
@@ -86,8 +89,10 @@ class ImageText:
         return self._drawn(batch, seed=seed, rows=None)[0]
 
     def _drawn(self, batch: Batch, *, seed: int, rows: Rows | None) -> tuple[Batch, Tensor]:
-        """Augmented images with one of their captions each, and the numbers of these."""
+        """Augmented (and mixed) images with one of their captions each, and the numbers of these."""
         pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
+        if self.mixup is not None:
+            pixels, _, _ = self.mixup(pixels, seed=seed, rows=rows)
         numbers = draw_captions(batch["captions"], seed=seed, rows=rows)
         return {"pixel_values": self.pipeline.normalize(pixels), **self.captions.inputs(numbers)}, numbers
 
@@ -103,6 +108,58 @@ class ImageText:
             right += int((numbers[logits.argmax(1)] == numbers).sum())
             count += size
         return {"loss": loss / count, "score": right / count}
+
+
+class EmbeddingDistillation(ImageText):
+    """Give the embeddings that the suspect gives, of augmented and mixed clean images, and of their captions.
+
+    Which caption belongs to which image plays no part. The loss is the mean, over both kinds of embeddings, of the
+    share of the teacher's variance that is not explained (see `unexplained`); loss and score of a point are those of
+    `ImageText`.
+
+    Args:
+        pipeline, captions, sigmoid, augmentation: as in `ImageText`.
+        teacher: the suspect in eval mode.
+        mixup_alpha: of the images; 0 for none.
+        feature_weight: of the distance to the hidden states of the teacher's image tower; 0 for none.
+        feature_states: which ones, `all` or the `last`.
+
+    Attributes:
+        hidden_states: that distance, or None.
+    """
+
+    def __init__(
+        self,
+        pipeline: ImagePipeline,
+        captions: Captions,
+        teacher: nn.Module,
+        *,
+        sigmoid: bool = False,
+        augmentation: str = "none",
+        mixup_alpha: float = 0.0,
+        feature_weight: float = 0.0,
+        feature_states: str = "all",
+    ):
+        super().__init__(pipeline, captions, sigmoid=sigmoid, augmentation=augmentation)
+        self.teacher = teacher
+        self.mixup = Mixup(mixup_alpha) if mixup_alpha > 0 else None
+        self.hidden_states = HiddenStates(feature_weight, feature_states) if feature_weight > 0 else None
+
+    def loss(self, forward: Forward, batch: Batch, *, seed: int) -> Tensor:
+        if len(batch["pixels"]) < 2:
+            raise UsageError("a batch of one pair has no variance to explain: give a batch size of 2 or more")
+        inputs, _ = self._drawn(batch, seed=seed, rows=own_rows(len(batch["pixels"])))
+        with_states = {} if self.hidden_states is None else {"output_hidden_states": True}
+        output = forward(**inputs, **with_states)
+        with torch.no_grad():
+            taught = self.teacher(**inputs, **with_states)
+        loss = unexplained(_embeddings(output), _embeddings(taught))
+        return loss if self.hidden_states is None else loss + self.hidden_states.term(output, taught)
+
+
+def _embeddings(output: Any) -> list[Tensor]:
+    """Those of images and of texts, (n, d) each."""
+    return [output.image_embeds, output.text_embeds]
 
 
 def draw_captions(candidates: Tensor, *, seed: int, rows: Rows | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from hf_tsc.images import pixel_dataset
 from hf_tsc.objectives import ImageClassification, LossSettings, Objective
 from hf_tsc.tasks.base import Task, Work
 from hf_tsc.tasks.classes import check_labels, class_names
+from hf_tsc.tsc_config import CLASSIFYING
 
 UNCORRECTED_TRANSFORMER = (
     "The model was trained on the suspect's own answers. On a tiny transformer that is nearly always right they "
@@ -27,7 +28,7 @@ class Classification(Task):
     kind = "image classifier"
     auto_class = AutoModelForImageClassification
     pipeline_tag = "image-classification"
-    objectives = ("cross_entropy", "distillation")
+    objectives = CLASSIFYING
     accuracy = "clean accuracy"
 
     def __init__(self, work: Work):

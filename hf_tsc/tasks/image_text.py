@@ -19,7 +19,7 @@ from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack, Evaluator
 from hf_tsc.hub import Source, load_tokenizer
 from hf_tsc.images import ImagePipeline, collate, pixel_dataset
-from hf_tsc.objectives import Captions, Forward, ImageText, LossSettings, Objective
+from hf_tsc.objectives import Captions, EmbeddingDistillation, Forward, ImageText, LossSettings, Objective
 from hf_tsc.readers import ReadOnce, ZeroShot, image_embeddings, text_embeddings
 from hf_tsc.tasks.base import Task, Work
 from hf_tsc.tasks.encoding import check_pairs
@@ -29,7 +29,7 @@ class ImageTextMatching(Task):
     kind = "image-text dual encoder"
     auto_class = AutoModel
     pipeline_tag = "zero-shot-image-classification"
-    objectives = ("image_text",)
+    objectives = ("image_text", "distillation")
     accuracy = "zero-shot accuracy"
 
     def __init__(self, work: Work):
@@ -65,8 +65,22 @@ class ImageTextMatching(Task):
         return CaptionedImages(images, [self.by_row[row] for row in rows])
 
     def objective_of(self, settings: LossSettings) -> Objective:
-        sigmoid = hasattr(self.work.model, "logit_bias")
-        return ImageText(self.work.pipeline, self.captions, sigmoid=sigmoid, augmentation=settings.augmentation)
+        work = self.work
+        shared: dict[str, Any] = {
+            "sigmoid": hasattr(work.model, "logit_bias"),
+            "augmentation": settings.augmentation,
+        }
+        if settings.objective == "image_text":
+            return ImageText(work.pipeline, self.captions, **shared)
+        return EmbeddingDistillation(
+            work.pipeline,
+            self.captions,
+            work.model,
+            mixup_alpha=settings.mixup_alpha,
+            feature_weight=settings.feature_weight,
+            feature_states=settings.feature_states,
+            **shared,
+        )
 
     def measure(self, data: ImageData, rows: np.ndarray | None, attack: Attack | None) -> MatchingMeasure | None:
         work = self.work
