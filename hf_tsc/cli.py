@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             let_main_process_tell()
         failed, code = True, getattr(error, "exit_code", HfTscError.exit_code)
     except KeyboardInterrupt:
-        print("hf-tsc: interrupted; a purification that has a checkpoint goes on with --resume", file=sys.stderr)
+        print("hf-tsc: interrupted; what has a checkpoint goes on with --resume", file=sys.stderr)
         return INTERRUPTED
     leave_processes(failed=failed)
     return code

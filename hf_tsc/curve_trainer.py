@@ -6,10 +6,8 @@ Checkpoints hold start, bend and end of the curve that is being trained, so that
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,21 +20,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, SchedulerType, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_tsc.activations import Batch
 from hf_tsc.batch_norm import PASSES as STATISTICS_PASSES
 from hf_tsc.batch_norm import recompute_statistics
 from hf_tsc.curve import CurveModel
 from hf_tsc.derive import example_inputs
-from hf_tsc.errors import CheckpointError, PurificationError, UsageError
-from hf_tsc.folders import seal_checkpoint, writing_checkpoint
+from hf_tsc.errors import PurificationError, UsageError
 from hf_tsc.functional import call_at
 from hf_tsc.images import Batches
 from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Forward, Objective
 from hf_tsc.permutation import Params
-from hf_tsc.processes import number_of_processes, rank, together
+from hf_tsc.processes import number_of_processes, rank
 from hf_tsc.relative_rate import rate_factor, scale_rate, weights_before_batch_norm
 from hf_tsc.seeds import derived_seed
 from hf_tsc.synced_batch_norm import SyncedBatchNorm
@@ -209,30 +205,13 @@ class CurveTrainer(ObjectiveTrainer):
         return self.lr_scheduler
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Sealed when all processes have written their parts; older ones go after that.
-
-        The Trainer would remove older ones while other processes, or the disk, still owe something to this one.
-        """
-        folder = Path(str(self.args.output_dir))
-        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         seconds = self.seconds_before + time.monotonic() - self._since
         self.state.log_history.append({"step": self.state.global_step, "seconds": seconds})
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with together(), writing_checkpoint(checkpoint):
-                super()._save_checkpoint(model, trial)
-                self._forget_between_curves()
-            with together(), writing_checkpoint(checkpoint):
-                if self.args.should_save:
-                    seal_checkpoint(checkpoint)
-        except CheckpointError:
-            if self.args.should_save:
-                shutil.rmtree(checkpoint, ignore_errors=True)
-            raise
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            rotate_checkpoints(str(folder), limit)
+        super()._save_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._write_checkpoint(model, trial)
+        self._forget_between_curves()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

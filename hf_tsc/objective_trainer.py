@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_tsc.errors import PurificationError
+from hf_tsc.errors import CheckpointError, PurificationError
+from hf_tsc.folders import seal_checkpoint, writing_checkpoint
 from hf_tsc.images import collate
 from hf_tsc.objectives import Objective, WithHead
-from hf_tsc.processes import number_of_processes
+from hf_tsc.processes import number_of_processes, together
 from hf_tsc.seeds import derived_seed
+
+
+class InMemory(nn.Module):
+    """A model whose checkpoints have the names that it has in memory.
+
+    transformers 5.23 writes a `PreTrainedModel`'s checkpoints with the names of the Hub, and does not find them again
+    when a Trainer goes on from there.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
 
 class ObjectiveTrainer(Trainer):
@@ -28,6 +47,7 @@ class ObjectiveTrainer(Trainer):
 
     Raises:
         PurificationError: the loss is not finite.
+        CheckpointError: a checkpoint cannot be written.
     """
 
     # the loss is the mean of one batch: without this the Trainer would not divide it by the accumulation steps
@@ -62,7 +82,7 @@ class ObjectiveTrainer(Trainer):
     def bare_model(self) -> nn.Module:
         """The model itself, without its head and without the wrappers of a distributed run."""
         whole: nn.Module = self.accelerator.unwrap_model(self.model)
-        return whole.model if isinstance(whole, WithHead) else whole
+        return whole.model if isinstance(whole, WithHead | InMemory) else whole
 
     def get_train_dataloader(self) -> DataLoader:
         """Without a last batch of one image, which BatchNorm cannot normalise, and which has nothing to compare."""
@@ -87,6 +107,32 @@ class ObjectiveTrainer(Trainer):
         # the same in all processes, which draw for the whole batch; the last 0 keeps the draws of earlier versions
         seed = derived_seed(self.args.seed, self.state.global_step, self._micro_batch, 0)
         return self.objective.loss(model, inputs, seed=seed)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Sealed when all processes have written their parts; older ones go after that.
+
+        The Trainer would remove older ones while other processes, or the disk, still owe something to this one.
+        """
+        folder = Path(str(self.args.output_dir))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with together(), writing_checkpoint(checkpoint):
+                self._write_checkpoint(model, trial)
+            with together(), writing_checkpoint(checkpoint):
+                if self.args.should_save:
+                    seal_checkpoint(checkpoint)
+        except CheckpointError:
+            if self.args.should_save:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(folder), limit)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Stops when the loss is not finite."""

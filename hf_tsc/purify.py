@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,36 +15,21 @@ from transformers import PreTrainedModel
 
 from hf_tsc.baseline_run import BaselineRun, check_method
 from hf_tsc.data import ImageData
-from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
+from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack
 from hf_tsc.evidence.gather import gather
 from hf_tsc.evidence.settings import EvidenceSettings
-from hf_tsc.folders import (
-    LOCK_FILE,
-    check_output,
-    finished_folder,
-    half_written,
-    last_whole_checkpoint,
-    locked,
-    write_json,
-)
+from hf_tsc.folders import check_output, finished_folder, write_json
 from hf_tsc.hub import Source, declared_license, load_model, quiet, resolve_model
 from hf_tsc.hub.folder import kept
 from hf_tsc.job import Job, Measures, OwnScore, as_image_data
-from hf_tsc.processes import (
-    is_main_process,
-    meet_processes,
-    number_of_processes,
-    of_all,
-    on_main_process,
-    together,
-)
+from hf_tsc.processes import meet_processes, number_of_processes, on_main_process, together
 from hf_tsc.report import PurificationReport
 from hf_tsc.tasks import Options, Task, task_of
 from hf_tsc.tsc_config import NOT_REPORTED, WITHOUT_EFFECT, TSCConfig, reported_arguments
 from hf_tsc.tsc_trainer import TSCTrainer
+from hf_tsc.work_folder import work_folder
 
-REQUEST_FILE = "request.json"
 LARGE_LOSS = 0.1  # of a score on the held-out images, a fraction: beyond it a report says so
 
 
@@ -147,7 +130,8 @@ def purify(
         facts["before"] = measures(own, _to(suspect, own.device))
         purified = baseline.run()
         return _write_result(output, purified, dtype, job, measures, own, baseline, **told, **facts)
-    with _work_folder(output, job, config, resume=resume) as checkpoint:
+    with work_folder(output, _request(job, config), resume=resume) as (work, checkpoint):
+        config.output_dir = str(work)
         with together():
             trainer = _trainer(job, measures, config)
         own = OwnScore.of_trainer(trainer)
@@ -262,78 +246,14 @@ def _trainer(job: Job, measures: Measures, config: TSCConfig) -> TSCTrainer:
     )
 
 
-@contextmanager
-def _work_folder(output: Path, job: Job, config: TSCConfig, *, resume: bool) -> Iterator[str | None]:
-    """The folder for checkpoints; gives the checkpoint to go on from.
-
-    It records what was asked for: a resumed run must ask for the same. It goes when the result is there, when a
-    resumed run would fail in the same way, and when there is nothing in it to go on from.
-    """
-    work, request = output.with_name(output.name + ".work"), _request(job, config)
-    with together():
-        _check_same(request)
-    checkpoint = on_main_process(lambda: _open_work_folder(work, request, resume=resume))
-    config.output_dir = str(work)
-    with ExitStack() as stack:
-        with together():
-            if is_main_process():
-                stack.enter_context(locked(work))
-        yield from _working(work, checkpoint)
-
-
-def _working(work: Path, checkpoint: Path | None) -> Iterator[str | None]:
-    """Gives the checkpoint, and removes the folder or leaves it, as what happens then asks for."""
-    try:
-        yield str(checkpoint) if checkpoint else None
-    except (AccuracyBudgetError, PurificationError):  # the same would happen again
-        _remove(work)
-        raise
-    except BaseException:
-        if last_whole_checkpoint(work) is None:
-            _remove(work)
-        raise
-    _remove(work)
-
-
-def _check_same(request: dict[str, Any]) -> None:
-    """Raises UsageError where the processes have different models or images before them."""
-    found = of_all({key: value for key, value in request.items() if key != "arguments"})
-    if differing := [key for key in found[0] if any(one[key] != found[0][key] for one in found)]:
-        raise UsageError(
-            f"the {len(found)} processes found different {', '.join(differing)}: name a commit (--revision, "
-            "--dataset_revision), or folders that are the same for all of them"
-        )
-
-
-def _remove(work: Path) -> None:
-    if is_main_process():
-        shutil.rmtree(work, ignore_errors=number_of_processes() > 1)  # another one may be writing to it still
-
-
-def _open_work_folder(work: Path, request: dict[str, Any], *, resume: bool) -> Path | None:
-    """Make the folder, or go on in it; returns the checkpoint to go on from."""
-    record = work / REQUEST_FILE
-    if work.is_dir() and not record.is_file() and set(work.iterdir()) - {half_written(record), work / LOCK_FILE}:
-        raise UsageError(f"{work} is not from a purification, and checkpoints go there: give another output folder")
-    if work.is_dir() and not resume:
-        raise UsageError(f"{work} is left from an interrupted run: go on with --resume, or remove it to start anew")
-    if record.is_file() and (old := json.loads(record.read_text(encoding="utf-8"))) != request:
-        differing = ", ".join(key for key in request if old.get(key) != request[key])
-        raise UsageError(f"{work} is from a run with other {differing}: give the same arguments, or remove it")
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(record, request)
-    return last_whole_checkpoint(work)
-
-
 def _request(job: Job, config: TSCConfig) -> dict[str, Any]:
-    request = {
+    return {
         "model": {**job.source.file_hashes, "texts": job.source.texts_hash},
         "images": job.describe()["indices_hash"],
         "dataset": job.work.data.rows._fingerprint,
         "processes": number_of_processes(),
         "arguments": reported_arguments(config),
     }
-    return json.loads(json.dumps(request))  # as it will be read again
 
 
 def _to(model: Any, device: torch.device) -> PreTrainedModel:

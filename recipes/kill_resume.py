@@ -49,7 +49,7 @@ from hf_tsc import cli
 from hf_tsc.demo import digits
 from hf_tsc.folders import REPORT_FILE, last_whole_checkpoint, sha256
 from hf_tsc.hub import quiet
-from hf_tsc.purify import REQUEST_FILE
+from hf_tsc.work_folder import REQUEST_FILE
 
 SIDE, LABELS = 8, 10  # of the digits
 IMAGES, BUDGET = 200, 100

@@ -40,6 +40,7 @@ from hf_tsc.evaluation import Attack, Evaluator, evaluate_model
 from hf_tsc.hub import resolve_model
 from hf_tsc.images import ImagePipeline, pixel_dataset
 from hf_tsc.job import DataArguments
+from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.reactivation import Reactivation, reactivate
 from hf_tsc.readers import ReadOnce
 from hf_tsc.retuning import Retuning, retune
@@ -373,6 +374,24 @@ class TestGoingOn:
         times.unlink()
         progress, _ = run(finished.plan, images, tmp_path / "r", cache, only=["rates"])
         assert progress.failed == []
+
+    def test_a_suspect_whose_training_was_killed_goes_on(self, images, tmp_path, monkeypatch):
+        (suspect,), seen = plan_of({**TUNING, "group": "g"}).suspects, []
+
+        def step(self, *args, real=ObjectiveTrainer.training_step, **kwargs):
+            seen.append(self.state.global_step)
+            if seen == [0, 1, 2]:
+                raise KeyboardInterrupt
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(ObjectiveTrainer, "training_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            suspects.train(suspect, images, tmp_path)
+        assert not suspects.is_trained(suspect, tmp_path)
+        suspects.train(suspect, images, tmp_path)
+        assert seen == [0, 1, 2, 2]
+        assert suspects.is_trained(suspect, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [suspect.id]
 
     def test_left_over_folders(self, finished, images, tmp_path):
         with subprocess.Popen([sys.executable, "-S", "-c", ""]) as ended:

@@ -383,7 +383,7 @@ class TestInterrupted:
     def test_a_folder_of_that_name_is_not_touched(self, suspects, tmp_path, resume):
         (tmp_path / "out.work").mkdir()
         (tmp_path / "out.work" / "precious").touch()
-        with pytest.raises(UsageError, match="is not from a purification"):
+        with pytest.raises(UsageError, match="was not made for checkpoints"):
             run(suspects["vit"], tmp_path / "out", resume=resume)
         assert (tmp_path / "out.work" / "precious").exists()
 

@@ -55,11 +55,11 @@ def attack_of(plan: SuspectPlan, cache: Path) -> Attack:
 
 
 def train(plan: SuspectPlan, images: BenchmarkImages, cache: Path, *, use_cpu: bool = False) -> None:
-    """Train a suspect, unless it is there."""
+    """Train a suspect, or go on from its last checkpoint, unless it is there."""
     if is_trained(plan, cache):
         return
     started, folder = time.monotonic(), suspect_folder(plan, cache)
-    options: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": use_cpu}
+    options: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": use_cpu, "resume": True}
     args = SuspectConfig(output_dir=str(folder), seed=plan.seed, **{**options, **plan.arguments})
     made, rows = processor(plan), rows_of(plan.rows)
     attack = attack_of(plan, cache) if plan.poison_rate > 0 or plan.start is not None else None

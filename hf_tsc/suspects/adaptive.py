@@ -119,7 +119,7 @@ def adapt_suspect(
     record |= {"adaptive": asdict(settings)}
     renewing: list[TrainerCallback] = [RenewCopies(curve, settings.renew_steps)]
     objective = AdaptiveTraining(plain, curve, settings)
-    fit(model, objective, dataset, args, record=record, save=processor.save_pretrained, callbacks=renewing)
+    fit(model, objective, dataset, args, record=record, save=processor.save_pretrained, stateful=renewing)
     return model
 
 

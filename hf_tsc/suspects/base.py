@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from hf_tsc.data import ImageData
 from hf_tsc.errors import UsageError
 from hf_tsc.evaluation import Attack
-from hf_tsc.folders import RECORD, finished_folder, write_json
+from hf_tsc.folders import RECORD, check_output, finished_folder, write_json
 from hf_tsc.hub import quiet
 from hf_tsc.images import AUGMENTATIONS
-from hf_tsc.objective_trainer import ObjectiveTrainer
+from hf_tsc.objective_trainer import InMemory, ObjectiveTrainer
 from hf_tsc.objectives import Objective
+from hf_tsc.tsc_config import NOT_REPORTED, WITHOUT_EFFECT
+from hf_tsc.work_folder import work_folder
 
 
 @dataclass
@@ -41,7 +46,10 @@ class SuspectConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule."})
     num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images a step and device."})
-    save_strategy: str = field(default="no", metadata={"help": "Checkpoints."})
+    save_steps: float = field(default=0.1, metadata={"help": "Checkpoint every so many steps, or share of all steps."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to checkpoint; `no` for never."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of an interrupted run."})
     logging_steps: float = field(default=0.25, metadata={"help": "Log every so many steps, or share of all steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite must be seen."})
     disable_tqdm: bool | None = field(default=False, metadata={"help": "Show no progress bar."})
@@ -56,9 +64,11 @@ def fit(
     *,
     record: dict[str, Any],
     save: Callable[[Path], None],
-    callbacks: list[TrainerCallback] | None = None,
+    stateful: list[TrainerCallback] | None = None,
 ) -> None:
     """Train a model, and write it with its record to `args.output_dir`, whole or not at all.
+
+    Checkpoints are in `{output_dir}.work` until then. With `args.resume` the training goes on from the last one.
 
     Args:
         model: is trained in place, and left in eval mode.
@@ -66,24 +76,65 @@ def fit(
         args: training arguments.
         record: the content of `suspect.json`.
         save: writes what else belongs to the model (processor, tokenizer) to a folder.
-        callbacks: of the training.
+        stateful: callbacks with a part in the training that no checkpoint holds; there are none with these, nor in
+            several processes.
 
     Raises:
-        UsageError: the output folder is not empty.
+        UsageError: the output folder is not empty; there is a folder of checkpoints of something else, or one that is
+            not to be gone on from.
         PurificationError: the loss is not finite.
     """
-    output = str(args.output_dir)
-    with finished_folder(Path(output)) as folder:
-        args.output_dir = str(folder)  # the Trainer makes this folder
-        try:
-            options: dict[str, Any] = {"args": args, "train_dataset": dataset, "callbacks": callbacks}
-            ObjectiveTrainer(objective=objective, model=model, **options).train()
-        finally:
-            args.output_dir = output
+    output = Path(str(args.output_dir))
+
+    def write(folder: Path) -> None:
         with quiet():
             model.eval().save_pretrained(folder)
         save(folder)
         write_json(folder / RECORD, record)
+
+    if stateful or args.world_size > 1 or args.save_strategy == SaveStrategy.NO:
+        with finished_folder(output) as folder:
+            _train(model, objective, dataset, args, folder, save_strategy=SaveStrategy.NO, callbacks=stateful)
+            write(folder)
+        return
+    check_output(output)
+    with work_folder(output, _request(model, record, args), resume=args.resume) as (work, checkpoint):
+        _train(InMemory(model), objective, dataset, args, work, checkpoint=checkpoint)
+        with finished_folder(output) as folder:
+            write(folder)
+
+
+def _train(
+    model: nn.Module,
+    objective: Objective,
+    dataset: Dataset,
+    args: SuspectConfig,
+    folder: Path,
+    *,
+    checkpoint: str | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **changed: Any,
+) -> None:
+    """With the arguments as they are, but for the folder, which the Trainer makes, and for what is changed."""
+    changed |= {"output_dir": str(folder)}
+    before = {name: getattr(args, name) for name in changed}
+    try:
+        vars(args).update(changed)
+        options: dict[str, Any] = {"args": args, "train_dataset": dataset, "callbacks": callbacks}
+        ObjectiveTrainer(objective=objective, model=model, **options).train(resume_from_checkpoint=checkpoint)
+    finally:
+        vars(args).update(before)
+
+
+def _request(model: PreTrainedModel, record: dict[str, Any], args: SuspectConfig) -> dict[str, Any]:
+    """All that the training depends on: weights at the beginning, images and poison, arguments."""
+    weights = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    apart = {*NOT_REPORTED, "resume"} - {"max_steps", "num_train_epochs"}
+    values = {name: value for name, value in args.to_dict().items() if name not in apart}
+    arguments = {name: value for name, value in values.items() if not name.startswith(WITHOUT_EFFECT)}
+    return {"weights": weights.hexdigest(), "record": record, "arguments": arguments}
 
 
 def check_trigger_first(args: SuspectConfig) -> None:

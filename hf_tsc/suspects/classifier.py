@@ -114,7 +114,7 @@ def _train_input_aware(
         finished(trigger, nets).save(folder)
 
     steps = PatternSteps(nets, learning_rate=trigger.learning_rate)
-    fit(model, objective, dataset, args, record=record, save=save_both, callbacks=[steps])
+    fit(model, objective, dataset, args, record=record, save=save_both, stateful=[steps])
 
 
 def _hardened(
