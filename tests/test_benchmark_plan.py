@@ -345,20 +345,21 @@ class TestRead:
         made = Plan.read(Path(__file__).parents[1] / "recipes" / "encoders" / "plan.yaml")
         searched = [cell for cell in made.cells if cell.group == "search"]
         of = {(cell.suspect.model, cell.suspect.attack) for cell in searched}
-        encoders = {(model, attack) for model in ("resnet", "vit") for attack in ("ctrl", "bad_encoder")}
-        assert of == {*encoders, ("clip", "captions")}
+        assert of == {("resnet", "bad_encoder"), ("vit", "bad_encoder"), ("clip", "captions")}
         for one in of:
             alike = [cell for cell in searched if (cell.suspect.model, cell.suspect.attack) == one]
             assert sum(cell.method == "tsc" for cell in alike) >= 12
             rates = {cell.settings["learning_rate"] for cell in alike if cell.method == "fine_tuning"}
             assert len(rates) >= 3
         twins = {suspect.model: suspect for suspect in made.suspects if suspect.attack.startswith("clean")}
-        assert twins.keys() == {"resnet", "vit", "clip"}
+        assert twins.keys() == {"resnet", "vit", "clip", "vit_untrained"}
         for suspect in made.suspects:
+            assert suspect.trigger == twins[suspect.model].trigger  # whose rate is what no purifier gets below
             assert suspect.start == (twins[suspect.model] if suspect.attack == "bad_encoder" else None)
             assert suspect.poison_rate > 0 or suspect.attack == "bad_encoder" or suspect in twins.values()
         assert {cell.budget for cell in made.cells} == {1400}  # 5 % of what suspects are trained on
-        assert {cell.suspect.id for cell in made.cells if cell.group == "final"} == {one.id for one in made.suspects}
+        trained = {one.id for one in made.suspects if one.model != "vit_untrained"}
+        assert {cell.suspect.id for cell in made.cells if cell.group == "final"} == trained
         first = made.cells[0].rows
         assert first["suspect"][1] <= first["clean"][0]
         assert first["select"][1] <= first["report"][0]
