@@ -144,7 +144,7 @@ class _Run:
         folder, attack = output / f"{name}-suspect", Attack(BadNets(), target_label=0)
         processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
         print(f"{name}: training a suspect on {SUSPECT_IMAGES} digits, a tenth of them with a trigger", flush=True)
-        args = SuspectConfig(output_dir=str(folder), seed=seed, use_cpu=True, **demo.suspect)
+        args = SuspectConfig(output_dir=str(folder), seed=seed, use_cpu=True, save_strategy="no", **demo.suspect)
         suspect = train_suspect(demo.config, processor, suspect_data, args=args, attack=attack)
 
         print(f"{name}: purifying with {CLEAN_IMAGES} other, clean digits", flush=True)

@@ -21,6 +21,10 @@ class PurificationError(HfTscError):
     everywhere = True  # all processes see the same numbers
 
 
+class OtherRequestError(UsageError):
+    """A folder of checkpoints is of a run with other models, images or arguments."""
+
+
 class AccuracyBudgetError(HfTscError):
     """No point of the last curve kept the clean accuracy within `max_accuracy_drop`."""
 

@@ -35,6 +35,10 @@ class InMemory(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As of the model."""
+        self.model.activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+
 
 class ObjectiveTrainer(Trainer):
     """Minimises an objective over a data set of pixels.
@@ -82,7 +86,9 @@ class ObjectiveTrainer(Trainer):
     def bare_model(self) -> nn.Module:
         """The model itself, without its head and without the wrappers of a distributed run."""
         whole: nn.Module = self.accelerator.unwrap_model(self.model)
-        return whole.model if isinstance(whole, WithHead | InMemory) else whole
+        while isinstance(whole, WithHead | InMemory):
+            whole = whole.model
+        return whole
 
     def get_train_dataloader(self) -> DataLoader:
         """Without a last batch of one image, which BatchNorm cannot normalise, and which has nothing to compare."""

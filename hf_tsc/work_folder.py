@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_tsc.errors import AccuracyBudgetError, PurificationError, UsageError
+from hf_tsc.errors import AccuracyBudgetError, OtherRequestError, PurificationError, UsageError
 from hf_tsc.folders import LOCK_FILE, half_written, last_whole_checkpoint, locked, write_json
 from hf_tsc.processes import is_main_process, number_of_processes, of_all, on_main_process, together
 
@@ -30,7 +30,8 @@ def work_folder(output: Path, request: Mapping[str, Any], *, resume: bool) -> It
         resume: go on in a folder that is there.
 
     Raises:
-        UsageError: a folder that is there is of something else, or is not to be gone on in; the processes differ.
+        UsageError: a folder that is there was not made for this, or is not to be gone on in; the processes differ.
+        OtherRequestError: it is of another request.
     """
     work = output.with_name(output.name + ".work")
     asked: dict[str, Any] = json.loads(json.dumps(request))  # as it will be read again
@@ -82,7 +83,7 @@ def _open(work: Path, request: dict[str, Any], *, resume: bool) -> Path | None:
         raise UsageError(f"{work} is left from an interrupted run: go on with --resume, or remove it to start anew")
     if record.is_file() and (old := json.loads(record.read_text(encoding="utf-8"))) != request:
         differing = ", ".join(key for key in request if old.get(key) != request[key])
-        raise UsageError(f"{work} is from a run with other {differing}: give the same arguments, or remove it")
+        raise OtherRequestError(f"{work} is from a run with other {differing}: give the same arguments, or remove it")
     work.mkdir(parents=True, exist_ok=True)
     write_json(record, request)
     return last_whole_checkpoint(work)

@@ -118,7 +118,7 @@ class TestSettings:
             ("mcr", {"t": 1.1}, r"t=1\.1: expected a number from 0 to 1"),
             ("anp", {"thresholds": []}, r"thresholds=\[\]: expected a number from 0 to 1"),
             ("anp", {"thresholds": [0.1, 2]}, r"thresholds=\[0\.1, 2\]: expected a number from 0 to 1"),
-            ("nad", {"objective": "magic"}, r"objective='magic': expected one of cross_entropy, distillation"),
+            ("nad", {"objective": "magic"}, r"objective='magic': expected one of distillation, cross_entropy"),
             ("i_bau", {"augmentation": "blur"}, r"augmentation='blur': expected one of none, crop"),
             ("anp", {"thresholds": [0.9, 0.1]}, r"thresholds=\[0\.9, 0\.1\]: expected ascending numbers"),
             ("i_bau", {"mixup_alpha": 1.0}, r"mixup_alpha=1\.0 would have no effect"),

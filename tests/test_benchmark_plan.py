@@ -112,13 +112,18 @@ class TestCells:
         assert made.suspects == only.suspects == [only.suspect, only.twin]
 
     def test_clean_twins_are_retuned_with_the_triggers_of_other_attacks(self):
-        """Whose suspects they do not need, unless a trigger is learnt there."""
+        """Whose suspects they do not need."""
+        group = {**GROUP, "attacks": ["badnets", "clean"], "retune": [1], "retune_with": ["badnets"]}
+        poisoned, twin = plan((CELLS, group)).cells
+        assert [other.attack for other in twin.retune_with] == ["badnets"]
+        assert poisoned.retune_with == ()
+        assert twin.suspects == [twin.suspect]
+
+    def test_a_trigger_that_is_learnt_is_not_that_of_a_twin(self):
         learns = {"trigger": {"name": "input_aware"}, "target_label": 0, "poison_rate": 0.1}
-        group = {**GROUP, "attacks": ["badnets", "clean"], "retune": [1], "retune_with": ["badnets", "learns"]}
-        poisoned, twin = plan((CELLS, group), ((*ATTACK[:1], "learns"), learns)).cells
-        assert [other.attack for other in twin.retune_with] == ["badnets", "learns"]
-        assert [suspect.attack for suspect in twin.suspects] == ["clean", "learns"]
-        assert (poisoned.retune_with, poisoned.suspects) == ((), [poisoned.suspect])
+        group = {**GROUP, "retune": [1], "retune_with": ["learns"]}
+        with pytest.raises(ValueError, match=r"retune_with \['learns'\]: a trigger that is learnt"):
+            plan((CELLS, group), ((*ATTACK[:1], "learns"), learns))
 
     def test_retuned_with_an_attack_that_is_not_there(self):
         with pytest.raises(ValueError, match="'nope' is none of the attacks: badnets, clean"):
@@ -136,6 +141,8 @@ class TestCells:
             "id": only.id,
             "group": "rates",
             **names,
+            "trigger": {"name": "badnets"},
+            "target_label": 0,
             "budget": 50,
             "held_out": 0.2,
             "method": "fine_tuning",

@@ -268,11 +268,14 @@ def retuned(asr: float, **named) -> dict:
     return made
 
 
+BPP = {"trigger": {"name": "bpp"}, "target_label": 0}
+
+
 class TestTwins:
     @staticmethod
     def twin(**changes) -> dict:
         made = of_suspect("clean", acc=0.81, asr=0.01, **changes)
-        made["paths"][0]["points"][0]["retuned_with"] = {"bpp": measures(0.7, 0.25)}
+        made["paths"][0]["points"][0]["retuned_with"] = {"bpp": {**BPP, **measures(0.7, 0.25)}}
         return made
 
     def row(self, lines: list[dict]) -> dict[str, str]:
@@ -282,11 +285,11 @@ class TestTwins:
         return dict(zip([name.strip() for name in head.strip("|").split("|")], row, strict=True))
 
     def test_stand_beside(self):
-        row = self.row([retuned(0.5, attack="bpp"), of_suspect("sig"), self.twin()])
+        row = self.row([retuned(0.5, attack="bpp", **BPP), of_suspect("sig"), self.twin()])
         assert (row["re-tuned ASR"], row["twin's re-tuned ASR"]) == ("50.0", "25.0")
 
     def test_in_means_of_attacks_that_have_it(self):
-        lines = [retuned(0.5, attack="bpp"), retuned(0.4, attack="sig"), self.twin()]
+        lines = [retuned(0.5, attack="bpp", **BPP), retuned(0.4, attack="sig"), self.twin()]
         (row,) = rows_of(means_table(beside_twins(lines)[:1]))
         assert row[-2:] == ["50.0", "25.0"]
         (row,) = rows_of(means_table(beside_twins(lines)[:2]))
@@ -297,23 +300,39 @@ class TestTwins:
         [{"settings": {"learning_rate": 0.2}}, {"budget": 280}, {"seed": 1}, {"model": "vit"}, {"method": "anp"}],
     )
     def test_of_another_run_is_none(self, change):
-        assert "twin's re-tuned ASR" not in self.row([retuned(0.5, attack="bpp"), self.twin(**change)])
+        assert "twin's re-tuned ASR" not in self.row([retuned(0.5, attack="bpp", **BPP), self.twin(**change)])
 
     def test_where_something_failed_is_none(self):
         twin = {**self.twin(), "error": "the loss is nan"}
         del twin["paths"]
-        assert "twin's re-tuned ASR" not in self.row([retuned(0.5, attack="bpp"), twin])
-        failed = {**of_suspect("bpp"), "error": "the loss is nan"}
+        assert "twin's re-tuned ASR" not in self.row([retuned(0.5, attack="bpp", **BPP), twin])
+        failed = {**of_suspect("bpp", **BPP), "error": "the loss is nan"}
         assert beside_twins([failed, self.twin()])[0] == failed
 
+    @pytest.mark.parametrize("change", [{"trigger": {"name": "bpp", "levels": 4}}, {"target_label": 1}])
+    def test_of_another_trigger_is_none(self, change):
+        """As of an attack that was given other settings since."""
+        assert "twin's re-tuned ASR" not in self.row([{**retuned(0.5, attack="bpp", **BPP), **change}, self.twin()])
+
+    def test_a_later_line_without_them_takes_nothing_away(self):
+        later = of_suspect("clean", acc=0.81, asr=0.01)
+        assert self.row([retuned(0.5, attack="bpp", **BPP), self.twin(), later])["twin's re-tuned ASR"] == "25.0"
+
+    def test_of_runs_that_differ_in_where_they_are_measured_the_last_one_is_told(self):
+        """As the twin is run again for the new trigger of an attack."""
+        former, sig = {**self.twin(), "id": "former"}, of_suspect("sig", after=(0.78, 0.1))
+        text = tables([retuned(0.5, attack="bpp", **BPP), sig, former, self.twin()])
+        (row,) = (row for row in text.splitlines() if row.startswith("| clean | 1400 | TSC |  |"))
+        assert row.split("|")[6].strip() == "1"  # seeds
+
     def test_lines_stay_as_they_are(self):
-        line = retuned(0.5, attack="bpp")
+        line = retuned(0.5, attack="bpp", **BPP)
         beside_twins([line, self.twin()])
         assert "retuned_twin" not in last_points(line)[0]
 
     def test_at_the_points_that_are_taken(self):
         """Which may differ where the accuracy chooses them."""
-        line = retuned(0.5, attack="bpp")
+        line = retuned(0.5, attack="bpp", **BPP)
         line["paths"][0]["points"] += [point(0.8, 0.7, 0.7, 0.3)]
         twin = self.twin()
         twin["paths"][0]["points"] += [point(0.6, 0.7, 0.7, 0.3)]
@@ -358,6 +377,13 @@ class TestWhoIsAhead:
         lines = [of_suspect("bpp", after=(0.78, 0.1)), of_suspect("bpp", after=(0.78, 0.2))]
         lines[1]["settings"] = {"learning_rate": 0.7}
         assert self.row(lines)[2] == "TSC (learning_rate 0.1) 10.0"
+
+    def test_a_method_that_lacks_a_seed_is_not_compared(self):
+        lines = [of_suspect("bpp", seed=seed, after=(0.78, 0.3)) for seed in (0, 1)]
+        lines += [of_suspect("bpp", method="anp", after=(0.78, 0.1))]
+        assert self.row(lines)[2] == "TSC 30.0"
+        failed = {**of_suspect("bpp", method="anp", seed=1), "error": "the loss is nan"}
+        assert self.row([*lines, failed])[2] == "TSC 30.0"
 
     def test_clean_twins_come_last_and_have_no_rates(self):
         twin = of_suspect("clean", acc=0.8, asr=0.01, after=(0.7, 0.01))

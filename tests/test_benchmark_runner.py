@@ -47,6 +47,7 @@ from hf_tsc.retuning import Retuning, retune
 from hf_tsc.suspects.dual_encoder import CAPTIONS
 from hf_tsc.tasks.evaluate import evaluate_source
 from hf_tsc.triggers import BadNets, Blended
+from hf_tsc.work_folder import REQUEST_FILE
 
 TRAIN, TEST = (0, 300), (300, 440)  # of the digits
 QUICK = {"num_train_epochs": 0.5, "per_device_train_batch_size": 32}
@@ -393,6 +394,17 @@ class TestGoingOn:
         assert suspects.is_trained(suspect, tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [suspect.id]
 
+    def test_checkpoints_of_another_training_are_not_gone_on_from(self, images, tmp_path):
+        """Of other versions, or from another copy of the images: a benchmark begins anew."""
+        (suspect,) = plan_of({**TUNING, "group": "g"}).suspects
+        work = tmp_path / f"{suspect.id}.work"
+        work.mkdir()
+        (work / REQUEST_FILE).write_text("{}")
+        (work / "checkpoint-2").mkdir()
+        suspects.train(suspect, images, tmp_path)
+        assert suspects.is_trained(suspect, tmp_path)
+        assert not work.exists()
+
     def test_left_over_folders(self, finished, images, tmp_path):
         with subprocess.Popen([sys.executable, "-S", "-c", ""]) as ended:
             ended.wait()
@@ -495,8 +507,13 @@ class TestReactivation:
             images.test, pipeline, num_classes=10, attack=attack, indices=np.arange(*CONTENT["rows"]["report"])
         )
         assert list(point["retuned_with"]) == ["blended"]
-        assert point["retuned_with"]["blended"] == pytest.approx(report(tuned).to_dict(), abs=1e-6)
-        assert point["retuned_with"]["blended"] != {k: point["retuned"][k] for k in point["retuned_with"]["blended"]}
+        measured = dict(point["retuned_with"]["blended"])
+        assert {name: measured.pop(name) for name in ("trigger", "target_label")} == {
+            "trigger": {"name": "blended"},
+            "target_label": 0,
+        }
+        assert measured == pytest.approx(report(tuned).to_dict(), abs=1e-6)
+        assert measured != {name: point["retuned"][name] for name in measured}
 
     def test_what_is_next(self, tmp_path):
         """The twin, too, is trained before its cell is run."""

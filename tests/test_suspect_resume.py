@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from suspects_and_digits import digit_data, processor, read_json, same, weights
 from tiny import TRANSFORMER
-from transformers import CLIPConfig, ResNetConfig, ViTConfig
+from transformers import CLIPConfig, ResNetConfig, ViTConfig, ViTImageProcessorPil
 
 from hf_tsc.cli import main
 from hf_tsc.errors import PurificationError, UsageError
@@ -63,10 +64,10 @@ def arguments(folder: Path, **changes: Any) -> SuspectConfig:
     return SuspectConfig(output_dir=str(folder), **{**quick, **changes})
 
 
-def vit(folder: Path, **changes: Any) -> None:
+def vit(folder: Path, *, indices: Any = range(96), **changes: Any) -> None:
     args = arguments(folder, **{"augmentation": "crop_flip", **changes})
-    how = {"args": args, "attack": ATTACK, "poison_rate": 0.1}
-    train_suspect(ViTConfig(**VIT), processor(), digit_data(0, 96), **how)
+    how = {"args": args, "attack": ATTACK, "poison_rate": 0.1, "indices": np.array(indices)}
+    train_suspect(ViTConfig(**VIT), processor(), digit_data(0, 97), **how)
 
 
 def resnet(folder: Path, **changes: Any) -> None:
@@ -140,8 +141,12 @@ class TestWorkFolder:
 
     @pytest.mark.parametrize(
         ("changes", "what"),
-        [({"learning_rate": 1.0}, "arguments"), ({"seed": 1}, "weights, record, arguments")],
-        ids=["rate", "seed"],
+        [
+            ({"learning_rate": 1.0}, "arguments"),
+            ({"seed": 1}, "weights, items, record, arguments"),
+            ({"indices": range(1, 97)}, "items, record"),
+        ],
+        ids=["rate", "seed", "images"],
     )
     def test_of_another_training_is_refused(self, tmp_path, killed, changes, what):
         killed(lambda: vit(tmp_path / "s"))
@@ -153,6 +158,34 @@ class TestWorkFolder:
         vit(tmp_path / "s", resume=True, save_steps=3, logging_strategy="steps", save_total_limit=1)
         assert (tmp_path / "s" / RECORD).is_file()
 
+    def test_pictures_of_another_size_are_other_images(self, tmp_path, killed):
+        """The weights of a ResNet do not tell."""
+
+        def train(side: int, **changes: Any) -> None:
+            how = {"args": arguments(tmp_path / "s", **changes), "attack": None}
+            sized = ViTImageProcessorPil(size={"height": side, "width": side})
+            train_suspect(ResNetConfig(**RESNET), sized, digit_data(0, 96), **how)
+
+        killed(lambda: train(8))
+        with pytest.raises(UsageError, match="is from a run with other items: give the same"):
+            train(12, resume=True)
+
+    @pytest.mark.parametrize("when", [{}, {"save_strategy": "epoch"}, {"max_steps": 10}], ids=str)
+    def test_no_checkpoint_after_the_last_step(self, tmp_path, monkeypatch, when):
+        """From which a training would go on beyond its end."""
+        saved = []
+
+        def save(self, *args, real=ObjectiveTrainer._save_checkpoint, **kwargs):
+            saved.append(self.state.global_step)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(ObjectiveTrainer, "_save_checkpoint", save)
+        vit(tmp_path / "s", **when)
+        assert (
+            saved
+            == {"epoch": [6], "steps": [5] if "max_steps" in when else [5, 10]}[when.get("save_strategy", "steps")]
+        )
+
     def test_goes_when_the_loss_is_not_finite(self, tmp_path):
         with pytest.raises(PurificationError, match="the loss is"):
             vit(tmp_path / "s", learning_rate=1e30, logging_strategy="steps", logging_steps=1, save_steps=1)
@@ -161,6 +194,13 @@ class TestWorkFolder:
     def test_resume_without_a_checkpoint_begins(self, tmp_path):
         vit(tmp_path / "s", resume=True)
         assert (tmp_path / "s" / RECORD).is_file()
+
+
+@pytest.mark.parametrize("train", [vit, encoder])
+def test_with_activation_checkpointing(tmp_path, train):
+    train(tmp_path / "plain", save_strategy="no")
+    train(tmp_path / "s", activation_checkpointing=True)
+    assert (tmp_path / "s" / RECORD).is_file()
 
 
 def test_parts_that_no_checkpoint_holds(tmp_path, killed):

@@ -6,6 +6,7 @@ backdoor that leads each class to the next.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 
 from hf_tsc.benchmark.lines import Line
@@ -70,6 +71,13 @@ def suspect_table(lines: Sequence[Line]) -> str:
         trainings = {other.get("weights") for other in lines if other["suspect"] == name}
         rows.append([*names, *figures, str(len(trainings)), ", ".join(misses)])
     return markdown(["model", "attack", "seed", "ACC", "ASR", "trainings", "misses"], rows)
+
+
+def of_last_runs(lines: Sequence[Line]) -> list[Line]:
+    """Of lines that differ in nothing but where they are measured, the last one."""
+    names = ("group", "suspect", "weights", "budget", "held_out", "method", "settings")
+    last = {json.dumps([line.get(name) for name in names], sort_keys=True): line for line in lines}
+    return list(last.values())
 
 
 def of_last_suspects(lines: Sequence[Line]) -> list[Line]:

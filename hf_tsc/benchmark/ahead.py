@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from statistics import mean
-from typing import Any
 
 from hf_tsc.benchmark.acceptance import CLEAN
 from hf_tsc.benchmark.lines import Line
@@ -22,23 +21,25 @@ def ahead_table(lines: Sequence[Line]) -> str:
 
     Named are the methods whose rate is lowest or within `NEAR` of it, best first, among those that lose at most
     `MAX_DROP` of the accuracy; and, with what they lose, those that lose more. Clean twins have no rate to be lowest.
+    Methods that are missing for a seed, or have failed on it, are not compared.
 
     Args:
         lines: of one model; those of `judging`, and of clean twins.
     """
     settings = shown_settings(lines)
 
-    def of_row(taken: Taken) -> tuple[Any, ...]:
-        return taken.line["attack"] == CLEAN, taken.line["attack"], taken.line["budget"]
+    def row_of(line: Line) -> tuple[bool, str, int]:
+        return line["attack"] == CLEAN, line["attack"], line["budget"]
 
     def name(taken: Taken) -> str:
         shown = ", ".join(f"{key} {value}" for key, value in settings(taken.line) if value)
         return f"{taken.method} ({shown})" if shown else taken.method
 
     rows = []
-    for (is_twin, attack, budget), row in groupby(sorted(_own_points(lines), key=of_row), key=of_row):
-        by_name = groupby(sorted(row, key=name), key=name)
-        measured = {key: _means(several) for key, several in by_name}
+    for (is_twin, attack, budget), group in groupby(sorted(lines, key=row_of), key=row_of):
+        of_row = list(group)
+        by_name = groupby(sorted(_own_points(of_row), key=name), key=name)
+        measured = {key: _means(same) for key, several in by_name if _seeds(same := list(several)) == _seeds(of_row)}
         costly = {key: values[LOST] for key, values in measured.items() if values[LOST] > MAX_DROP + EXACT}
         kept = {key: values for key, values in measured.items() if key not in costly}
         lowest = ["" if is_twin else _named(_lowest(kept, rate)) for rate in RATES]
@@ -46,15 +47,17 @@ def ahead_table(lines: Sequence[Line]) -> str:
     return markdown(HEAD, rows)
 
 
-def _own_points(lines: Iterable[Line]) -> Iterator[Taken]:
+def _own_points(lines: Iterable[Line]) -> list[Taken]:
     """Of each line the point that its method takes, not that within budget."""
-    for line in lines:
-        yield from (taken for taken in taken_points(line) if taken.method == names_of(line["method"])[0])
+    return [taken for line in lines for taken in taken_points(line) if taken.method == names_of(line["method"])[0]]
 
 
-def _means(several: Iterable[Taken]) -> dict[str, float]:
+def _seeds(several: Iterable[Line | Taken]) -> set[int]:
+    return {one.line["seed"] if isinstance(one, Taken) else one["seed"] for one in several}
+
+
+def _means(same: Sequence[Taken]) -> dict[str, float]:
     """Of what has been measured of all."""
-    same = list(several)
     known = {column: [v for taken in same if (v := taken.value(column)) is not None] for column in (LOST, *RATES)}
     return {column: mean(values) for column, values in known.items() if len(values) == len(same)}
 

@@ -112,8 +112,8 @@ class _Bench:
             return Evaluator(images.test, self.pipeline, indices=rows_of(cell.rows[name]), attack=attack, **reading)
 
         self.evaluators = {name: evaluator(name, self.attack) for name in ("select", "report")}
-        attacks = {other.attack: attack_of(other, cache) for other in cell.retune_with}
-        self.others = {name: (attack, evaluator("report", attack)) for name, attack in attacks.items()}
+        attacks = [(other, attack_of(other, cache)) for other in cell.retune_with]
+        self.others = [(other, attack, evaluator("report", attack)) for other, attack in attacks]
         self.on_held_out: Callable[[Forward], Measures]
         if classifier:
             objective = ImageClassification(self.pipeline)
@@ -155,8 +155,11 @@ class _Bench:
         found: Measures = {"retuned": {"settings": asdict(settings), **self._on("report", tuned)}}
         if self.others:
             found["retuned_with"] = {
-                name: self._by(evaluator, self._retune(purified, attack, settings))
-                for name, (attack, evaluator) in self.others.items()
+                other.attack: {
+                    **other.attack_content,
+                    **self._by(evaluator, self._retune(purified, attack, settings)),
+                }
+                for other, attack, evaluator in self.others
             }
         return found | ({"reactivated": self._reactivated(purified, tuned)} if reactivated else {})
 

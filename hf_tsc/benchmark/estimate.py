@@ -20,6 +20,7 @@ from hf_tsc.benchmark.suspects import TASKS, is_trained
 from hf_tsc.derive import example_inputs
 from hf_tsc.images import Augmentation
 from hf_tsc.processes import working_device
+from hf_tsc.retuning import Retuning
 from hf_tsc.tsc_config import PRESETS, TRANSFORMER_DEFAULTS
 
 PROBE_BATCH, PROBE_STEPS = 64, 3
@@ -68,7 +69,9 @@ def _cell_seconds(cell: Cell, lines: Sequence[Line], speed: dict[str, float]) ->
         if (line["model"], line["method"]) == (cell.suspect.model, cell.method) and "error" not in line
     ]
     rate = statistics.median(alike) if alike else 1.5 * speed[cell.suspect.model]  # measuring takes its time, too
-    return rate * _trained_images(cell.describe())
+    retuning = Retuning(**cell.retuning)
+    others = len(cell.retune) * len(cell.retune_with) * retuning.epochs * retuning.images
+    return rate * _trained_images(cell.describe()) + speed[cell.suspect.model] * others
 
 
 def _trained_images(described: dict[str, Any]) -> float:

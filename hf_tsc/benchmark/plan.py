@@ -98,8 +98,7 @@ class Cell:
     @property
     def suspects(self) -> list[SuspectPlan]:
         """The models that have to be there before it can run."""
-        learnt = [other for other in self.retune_with if other.learns_trigger]
-        return [self.suspect, *([self.twin] if self.twin is not None else []), *learnt]
+        return [self.suspect, *([self.twin] if self.twin is not None else [])]
 
     @property
     def id(self) -> str:
@@ -120,6 +119,7 @@ class Cell:
             "id": self.id,
             "group": self.group,
             **names,
+            **plan.attack_content,
             "budget": self.budget,
             "held_out": self.held_out,
             "method": self.method,
@@ -195,12 +195,14 @@ def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str,
         raise ValueError(f"method {entry['method']!r}: expected one of {', '.join(METHODS)}")
     grid: dict[str, list[Any]] = entry.get("grid", {})
     reactivate = _places(entry.get("reactivate", ()))
-    if entry.get("retune_with") and not entry.get("retune"):
-        raise ValueError(f"retune_with {entry['retune_with']}: expected points to retune")
+    if (retune_with := entry.get("retune_with", ())) and not entry.get("retune"):
+        raise ValueError(f"retune_with {retune_with}: expected points to retune")
     for model, attack, seed in itertools.product(entry["models"], entry["attacks"], entry["seeds"]):
         suspects = Suspects(content, model, int(seed), rows["suspect"])
         suspect = suspects.of(attack)
-        others = tuple(suspects.of(other) for other in entry.get("retune_with", ()))
+        others = tuple(suspects.of(other) for other in retune_with)
+        if learnt := [other.attack for other in others if other.learns_trigger]:
+            raise ValueError(f"retune_with {learnt}: a trigger that is learnt is that of one suspect, leave it out")
         twin = suspects.clean_twin(attack, "is reactivated beside") if reactivate else None
         for values in itertools.product(*grid.values()):
             cell = Cell(

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from hf_tsc.benchmark.acceptance import CLEAN, of_last_suspects, of_last_training, suspect_table
+from hf_tsc.benchmark.acceptance import CLEAN, of_last_runs, of_last_suspects, of_last_training, suspect_table
 from hf_tsc.benchmark.ahead import ahead_table
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.means import attacks_of, judging, means_table
@@ -43,7 +43,7 @@ def group_table(lines: Sequence[Line]) -> str:
 def tables(lines: Sequence[Line]) -> str:
     """Markdown with a table of suspects; for a group's models of attacks, of their means, of who is ahead."""
     parts = [f"## Suspects\n\n{suspect_table(lines)}"]
-    lines = beside_twins(of_last_suspects(lines))
+    lines = beside_twins(of_last_suspects(of_last_runs(lines)))
     counting = judging(lines)
     for name in dict.fromkeys(line["group"] for line in lines):
         for model in sorted({line["model"] for line in lines}):

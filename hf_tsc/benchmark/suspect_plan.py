@@ -54,9 +54,9 @@ class SuspectPlan:
         return trigger_from_dict(self.trigger).poisoning.learnt
 
     @property
-    def attack_content(self) -> Any:
-        """Everything that its trigger and target depend on."""
-        return self.id if self.learns_trigger else [self.trigger, self.target_label]
+    def attack_content(self) -> dict[str, Any]:
+        """What is put on images, and what they are called then."""
+        return {"trigger": self.trigger, "target_label": self.target_label}
 
     def _content(self) -> dict[str, Any]:
         """What later versions added has no part in it where it is not used, so that ids stay what they are."""

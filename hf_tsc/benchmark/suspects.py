@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_tsc.benchmark.images import BenchmarkImages, processor, rows_of
 from hf_tsc.benchmark.suspect_plan import SuspectPlan
+from hf_tsc.errors import OtherRequestError
 from hf_tsc.evaluation import Attack
 from hf_tsc.folders import write_json
 from hf_tsc.hub import Source, load_image_processor, load_model, resolve_model
@@ -59,6 +61,15 @@ def train(plan: SuspectPlan, images: BenchmarkImages, cache: Path, *, use_cpu: b
     if is_trained(plan, cache):
         return
     started, folder = time.monotonic(), suspect_folder(plan, cache)
+    try:
+        _train(plan, images, cache, folder, use_cpu=use_cpu)
+    except OtherRequestError:  # left by another version, or from another copy of the images
+        shutil.rmtree(folder.with_name(folder.name + ".work"))
+        _train(plan, images, cache, folder, use_cpu=use_cpu)
+    write_json(folder / TIMES, {"seconds": round(time.monotonic() - started, 1), "threads": torch.get_num_threads()})
+
+
+def _train(plan: SuspectPlan, images: BenchmarkImages, cache: Path, folder: Path, *, use_cpu: bool) -> None:
     options: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": use_cpu, "resume": True}
     args = SuspectConfig(output_dir=str(folder), seed=plan.seed, **{**options, **plan.arguments})
     made, rows = processor(plan), rows_of(plan.rows)
@@ -77,7 +88,6 @@ def train(plan: SuspectPlan, images: BenchmarkImages, cache: Path, *, use_cpu: b
             how["surrogate"] = Surrogate(start, ImagePipeline(load_image_processor(source)), plan.start.id)
         config = AutoConfig.for_model(**plan.config)
         TRAINERS[plan.kind](config, made, images.train, poison_rate=plan.poison_rate, **how)
-    write_json(folder / TIMES, {"seconds": round(time.monotonic() - started, 1), "threads": torch.get_num_threads()})
 
 
 def load(plan: SuspectPlan, cache: Path) -> tuple[Source, PreTrainedModel]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_tsc.benchmark.acceptance import CLEAN
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.points import is_taken, last_points
+
+ATTACK = ("trigger", "target_label")
 
 
 def beside_twins(lines: Sequence[Line]) -> list[Line]:
@@ -17,21 +19,30 @@ def beside_twins(lines: Sequence[Line]) -> list[Line]:
     It is known where the plan re-tuned the clean twin of the same model, seed and images, after the same method with
     the same settings, with the trigger of the line's attack, too (`retune_with`).
     """
-    twins = {_key(line): line for line in lines if line["attack"] == CLEAN and "error" not in line}
-    return [_beside(line, twins.get(_key(line))) for line in lines]
+    known: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if line["attack"] == CLEAN and "error" not in line:
+            known.setdefault(_run(line), {}).update(_retuned(line))
+    return [_beside(line, known.get(_run(line), {})) for line in lines]
 
 
-def _key(line: Line) -> str:
+def _run(line: Line) -> str:
     """What a line and that of its clean twin have in common."""
     return json.dumps([line[name] for name in ("model", "seed", "budget", "method", "settings")], sort_keys=True)
 
 
-def _beside(line: Line, twin: Line | None) -> Line:
-    if twin is None or "error" in line:
-        return line
+def _attack(described: Mapping[str, Any]) -> str:
+    return json.dumps([described.get(name) for name in ATTACK], sort_keys=True)
+
+
+def _retuned(twin: Line) -> dict[str, Any]:
+    """What each attack did at the point that the method takes, by the attack."""
     own = next(point for point in last_points(twin) if is_taken(twin, point))
-    measured = own.get("retuned_with", {}).get(line["attack"])
-    if measured is None:
+    return {_attack(measured): measured for measured in own.get("retuned_with", {}).values()}
+
+
+def _beside(line: Line, known: dict[str, Any]) -> Line:
+    if "error" in line or line["attack"] == CLEAN or (measured := known.get(_attack(line))) is None:
         return line
 
     def beside(point: dict[str, Any]) -> dict[str, Any]:

@@ -55,9 +55,9 @@ def following(objective: Any, places: Sequence[int]) -> Any:
     return own
 
 
-def call_with_states(forward: Forward, inputs: Tensor, **further: Tensor) -> Any:
-    """The output of a network for pixels (n, 3, H, W) and what else it takes, hidden states included."""
-    return forward(pixel_values=inputs, output_hidden_states=True, **further)
+def call_with_states(forward: Forward, inputs: Tensor) -> Any:
+    """The output of a network for pixels (n, 3, H, W), hidden states included."""
+    return forward(pixel_values=inputs, output_hidden_states=True)
 
 
 def states_of(output: Any) -> Sequence[Tensor]:

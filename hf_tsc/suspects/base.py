@@ -27,6 +27,8 @@ from hf_tsc.objectives import Objective
 from hf_tsc.tsc_config import NOT_REPORTED, WITHOUT_EFFECT
 from hf_tsc.work_folder import work_folder
 
+ITEMS = 64  # of a training set, by which it is told from another one
+
 
 @dataclass
 class SuspectConfig(TrainingArguments):
@@ -50,6 +52,7 @@ class SuspectConfig(TrainingArguments):
     save_strategy: str = field(default="steps", metadata={"help": "When to checkpoint; `no` for never."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of an interrupted run."})
+    hub_strategy: str = field(default="end", metadata={"help": "Never publish half-trained weights."})
     logging_steps: float = field(default=0.25, metadata={"help": "Log every so many steps, or share of all steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite must be seen."})
     disable_tqdm: bool | None = field(default=False, metadata={"help": "Show no progress bar."})
@@ -76,12 +79,12 @@ def fit(
         args: training arguments.
         record: the content of `suspect.json`.
         save: writes what else belongs to the model (processor, tokenizer) to a folder.
-        stateful: callbacks with a part in the training that no checkpoint holds; there are none with these, nor in
-            several processes.
+        stateful: callbacks with a part in the training that no checkpoint holds: with these no checkpoint is written,
+            nor in several processes.
 
     Raises:
-        UsageError: the output folder is not empty; there is a folder of checkpoints of something else, or one that is
-            not to be gone on from.
+        UsageError: the output folder is not empty; a folder of checkpoints is there and not to be gone on from.
+        OtherRequestError: it is of another training.
         PurificationError: the loss is not finite.
     """
     output = Path(str(args.output_dir))
@@ -98,8 +101,8 @@ def fit(
             write(folder)
         return
     check_output(output)
-    with work_folder(output, _request(model, record, args), resume=args.resume) as (work, checkpoint):
-        _train(InMemory(model), objective, dataset, args, work, checkpoint=checkpoint)
+    with work_folder(output, _request(model, dataset, record, args), resume=args.resume) as (work, checkpoint):
+        _train(InMemory(model), objective, dataset, args, work, checkpoint=checkpoint, callbacks=[NoneAtTheEnd()])
         with finished_folder(output) as folder:
             write(folder)
 
@@ -126,15 +129,32 @@ def _train(
         vars(args).update(before)
 
 
-def _request(model: PreTrainedModel, record: dict[str, Any], args: SuspectConfig) -> dict[str, Any]:
-    """All that the training depends on: weights at the beginning, images and poison, arguments."""
-    weights = hashlib.sha256()
+class NoneAtTheEnd(TrainerCallback):
+    """No checkpoint after the last step: the result is written then, and who went on from it would go too far."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save &= state.global_step < state.max_steps
+
+    on_epoch_end = on_step_end
+
+
+def _request(model: PreTrainedModel, dataset: Any, record: dict[str, Any], args: SuspectConfig) -> dict[str, Any]:
+    """What the training depends on: weights at the beginning, some of the items, poison, arguments."""
+    weights, items = hashlib.sha256(), hashlib.sha256(str(len(dataset)).encode())
     for tensor in model.state_dict().values():
-        weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        weights.update(_bytes(tensor))
+    for position in np.linspace(0, len(dataset) - 1, num=ITEMS, dtype=np.int64):
+        for name, value in sorted(dataset[int(position)].items()):
+            items.update(name.encode() + _bytes(torch.as_tensor(value)))
     apart = {*NOT_REPORTED, "resume"} - {"max_steps", "num_train_epochs"}
     values = {name: value for name, value in args.to_dict().items() if name not in apart}
     arguments = {name: value for name, value in values.items() if not name.startswith(WITHOUT_EFFECT)}
-    return {"weights": weights.hexdigest(), "record": record, "arguments": arguments}
+    return {"weights": weights.hexdigest(), "items": items.hexdigest(), "record": record, "arguments": arguments}
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    """Of what it holds, and of its shape."""
+    return str(tuple(tensor.shape)).encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def check_trigger_first(args: SuspectConfig) -> None:

@@ -23,6 +23,7 @@ from hf_tsc.objectives import Captions, EmbeddingDistillation, Forward, ImageTex
 from hf_tsc.readers import ReadOnce, ZeroShot, image_embeddings, text_embeddings
 from hf_tsc.tasks.base import Task, Work
 from hf_tsc.tasks.encoding import check_pairs
+from hf_tsc.tsc_config import PAIRWISE
 
 
 class ImageTextMatching(Task):
@@ -35,7 +36,8 @@ class ImageTextMatching(Task):
     def __init__(self, work: Work):
         super().__init__(work)
         self.tokenizer = load_tokenizer(work.source)
-        check_pairs(work)
+        if work.config.objective in PAIRWISE:
+            check_pairs(work)
         self.column = find_caption_column(work.data)
         if self.column is None and work.data.class_names is None:
             raise UsageError(
