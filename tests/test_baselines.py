@@ -142,6 +142,13 @@ class TestSettings:
         assert (found.objective, found.augmentation, found.temperature, found.steps) == ("simclr", "simclr", 0.5, 4)
         assert settings_of("wise_ft", {"objective": "distillation"}, ("simclr", "distillation")).augmentation == "none"
 
+    def test_the_objective_of_dual_encoders(self):
+        """Pairs, also of a method whose own default is a distillation."""
+        pairs = ("image_text", "distillation")
+        assert {settings_of(name, {}, pairs).objective for name in ("wise_ft", "ridge")} == {"image_text"}
+        assert settings_of("ridge", {"objective": "distillation"}, pairs).objective == "distillation"
+        assert settings_of("ridge", {}, ("distillation", "simclr")).objective == "distillation"
+
     def test_what_makes_a_loss(self):
         settings = settings_of("anp", {"objective": "distillation", "temperature": 3.0, "batch_size": 7})
         options = {"objectives": ("cross_entropy", "distillation"), "seed": 5, "use_cpu": True}
