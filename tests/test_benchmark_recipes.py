@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from hf_tsc.baselines.registry import BASELINES, settings_of
+from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.benchmark.means import TUNED_ON
 from hf_tsc.benchmark.plan import Plan
 from hf_tsc.errors import UsageError
@@ -179,6 +180,33 @@ class TestChoice:
         lines = [good, other, line(attack="sig"), line(group="small"), line(settings={"learning_rate": 0.2})]
         lines += [{key: value for key, value in line(method="anp", error="nan").items() if key != "paths"}]
         assert {one.settings for one in choose.candidates(lines)} == {"learning_rate 0.1"}
+
+    def test_what_the_tuning_chose_is_in_the_plans(self):
+        """Settings, and the point of a path."""
+        names = {"wise_ft": "alpha", "anp": "threshold", "tsc": "curve1_t", "ridge": "penalty"}
+        lines = read_lines(RECIPES / "benchmark" / "tuning.jsonl")
+        found = choose.chosen(lines)
+        assert {(one.model, one.method) for one in found} == {
+            (m, k) for m in ("resnet", "vit") for k in SIX | {"ridge"}
+        }
+        for one in found:
+            chosen = next(dict(x["settings"]) for x in lines if choose._text(x["settings"]) == one.settings)
+            planned = dict(
+                next(c for c in CELLS["small"] if (c.suspect.model, c.method) == (one.model, one.method)).settings
+            )
+            name = names.get(one.method)
+            if one.point == choose.WITHIN:
+                assert planned.pop("max_accuracy_drop") == 4
+                assert name not in planned
+            elif name is not None:
+                assert planned.pop(name) == float(one.point)
+            chosen.pop(name, None)
+            assert planned == chosen
+
+    def test_the_page_is_of_the_lines(self):
+        lines = read_lines(RECIPES / "benchmark" / "tuning.jsonl")
+        written = (RECIPES.parent / "docs" / "benchmark" / "tuning.md").read_text(encoding="utf-8")
+        assert written == choose.page(lines)
 
     def test_page(self):
         lines = [*both(), *both(settings={"learning_rate": 0.4}, points=[(0.5, 0.77, 0.02)])]
