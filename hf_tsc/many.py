@@ -19,6 +19,7 @@ from hf_tsc.processes import number_of_processes, on_main_process, together
 from hf_tsc.purify import purify, request_of
 from hf_tsc.report import PurificationReport
 from hf_tsc.tasks import Options
+from hf_tsc.work_folder import work_of
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Order:
     def run_or_skip(self, model: str, folder: Path) -> Outcome:
         """`run`, unless the folder holds the result already; an interrupted run is gone on with."""
         if not (folder / REPORT_FILE).is_file():
-            return self.run(model, folder, resume=folder.with_name(folder.name + ".work").is_dir())
+            return self.run(model, folder, resume=work_of(folder).is_dir())
         report = PurificationReport.from_file(folder / REPORT_FILE)
         same, notes = on_main_process(lambda: self._is_still_suspect_of(report, model))
         with together():

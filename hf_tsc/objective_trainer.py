@@ -16,28 +16,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from hf_tsc.errors import CheckpointError, PurificationError
 from hf_tsc.folders import seal_checkpoint, writing_checkpoint
 from hf_tsc.images import collate
+from hf_tsc.in_memory import InMemory
 from hf_tsc.objectives import Objective, WithHead
 from hf_tsc.processes import number_of_processes, together
 from hf_tsc.seeds import derived_seed
-
-
-class InMemory(nn.Module):
-    """A model whose checkpoints have the names that it has in memory.
-
-    transformers 5.23 writes a `PreTrainedModel`'s checkpoints with the names of the Hub, and does not find them again
-    when a Trainer goes on from there.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As of the model."""
-        self.model.activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
 
 
 class ObjectiveTrainer(Trainer):
@@ -86,7 +68,7 @@ class ObjectiveTrainer(Trainer):
     def bare_model(self) -> nn.Module:
         """The model itself, without its head and without the wrappers of a distributed run."""
         whole: nn.Module = self.accelerator.unwrap_model(self.model)
-        while isinstance(whole, WithHead | InMemory):
+        while isinstance(whole, InMemory):
             whole = whole.model
         return whole
 

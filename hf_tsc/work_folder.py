@@ -16,6 +16,11 @@ from hf_tsc.processes import is_main_process, number_of_processes, of_all, on_ma
 REQUEST_FILE = "request.json"
 
 
+def work_of(output: Path) -> Path:
+    """Where the checkpoints of what is to be written to `output` are."""
+    return output.with_name(output.name + ".work")
+
+
 @contextmanager
 def work_folder(output: Path, request: Mapping[str, Any], *, resume: bool) -> Iterator[tuple[Path, str | None]]:
     """The folder for the checkpoints of what is to be written to `output`, and the checkpoint to go on from.
@@ -24,7 +29,7 @@ def work_folder(output: Path, request: Mapping[str, Any], *, resume: bool) -> It
     when a resumed run would fail in the same way, and when there is nothing in it to go on from.
 
     Args:
-        output: of the result; the folder is `{output}.work`.
+        output: of the result; the folder is `work_of(output)`.
         request: what the result depends on, as JSON can hold it; all but its `arguments` must be the same in all
             processes.
         resume: go on in a folder that is there.
@@ -33,7 +38,7 @@ def work_folder(output: Path, request: Mapping[str, Any], *, resume: bool) -> It
         UsageError: a folder that is there was not made for this, or is not to be gone on in; the processes differ.
         OtherRequestError: it is of another request.
     """
-    work = output.with_name(output.name + ".work")
+    work = work_of(output)
     asked: dict[str, Any] = json.loads(json.dumps(request))  # as it will be read again
     with together():
         _check_same(asked)

@@ -125,6 +125,19 @@ class TestCaptions:
         assert found["input_ids"].shape == (1, 5)
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_training_inputs_are_what_the_model_is_shown(distilled):
+    seen, data, model = [], batch([[0, 1], [1, 2], [2, 0]]), tiny.model("clip")
+    if distilled:
+        objective = EmbeddingDistillation(PIPELINE, CAPTIONS, model, augmentation="crop_flip", mixup_alpha=1.0)
+    else:
+        objective = ImageText(PIPELINE, CAPTIONS, augmentation="crop_flip")
+    objective.loss(lambda **inputs: seen.append(inputs) or model(**inputs), data, seed=5)
+    found = objective.training_inputs(data, seed=5)
+    assert found.keys() == seen[0].keys()
+    assert all(torch.equal(found[name], seen[0][name]) for name in found)
+
+
 class TestImageText:
     def test_loss_of_a_clip_model_is_that_of_its_logits(self):
         model, data = tiny.model("clip"), batch([[0], [1], [2], [1]])
@@ -140,15 +153,6 @@ class TestImageText:
         ).loss
         first = ImageText(PIPELINE, CAPTIONS).loss(model, batch([[0], [1], [2]]), seed=0)
         assert first.item() == pytest.approx(own.item(), rel=1e-5)  # CLIP's own loss, where captions differ
-
-    def test_training_inputs_are_what_the_model_is_shown(self):
-        seen, data = [], batch([[0, 1], [1, 2], [2, 0]])
-        objective = ImageText(PIPELINE, CAPTIONS, augmentation="crop_flip")
-        model = tiny.model("clip")
-        objective.loss(lambda **inputs: seen.append(inputs) or model(**inputs), data, seed=5)
-        found = objective.training_inputs(data, seed=5)
-        assert found.keys() == seen[0].keys()
-        assert all(torch.equal(found[name], seen[0][name]) for name in found)
 
     def test_gradients_reach_both_towers(self):
         model = tiny.model("clip")
@@ -228,15 +232,6 @@ class TestEmbeddingDistillation:
         inputs = {"pixel_values": PIPELINE.model_input(data["pixels"]), **CAPTIONS.inputs(torch.tensor([1]))}
         found, taught = (one(**inputs).image_embeds for one in (model, teacher))
         assert loss.item() == pytest.approx(unexplained([found], [taught]).item() / 2, rel=1e-9)
-
-    def test_training_inputs_are_what_the_model_is_shown(self):
-        seen, data = [], batch([[0, 1], [1, 2], [2, 0]])
-        model = tiny.model("clip")
-        objective = EmbeddingDistillation(PIPELINE, CAPTIONS, model, augmentation="crop_flip", mixup_alpha=1.0)
-        objective.loss(lambda **inputs: seen.append(inputs) or model(**inputs), data, seed=5)
-        found = objective.training_inputs(data, seed=5)
-        assert found.keys() == seen[0].keys()
-        assert all(torch.equal(found[name], seen[0][name]) for name in found)
 
     def test_a_batch_of_one(self):
         model = tiny.model("clip")

@@ -10,13 +10,12 @@ import json
 from collections.abc import Iterable, Sequence
 
 from hf_tsc.benchmark.lines import Line
-from hf_tsc.benchmark.points import MEASURES, markdown, percent
+from hf_tsc.benchmark.points import EXACT, MEASURES, markdown, percent
 from hf_tsc.triggers import TRIGGERS
 
 CLEAN, ALL_TO_ALL = "clean", "all_to_all"
 LOWEST_ASR, LOWEST_ASR_CLEAN_LABEL = 0.9, 0.6
 LARGEST_DISTANCE = 0.02  # of the accuracy from the clean twin's
-EXACT = 1e-9  # measures are written with six digits
 
 
 def lowest_asr(attack: str, accuracy: float) -> float:

@@ -8,10 +8,19 @@ from statistics import mean
 
 from hf_tsc.benchmark.acceptance import CLEAN
 from hf_tsc.benchmark.lines import Line
-from hf_tsc.benchmark.points import LOST, MAX_DROP, Taken, markdown, names_of, shown_settings, taken_points
+from hf_tsc.benchmark.points import (
+    EXACT,
+    LOST,
+    MAX_DROP,
+    Taken,
+    markdown,
+    names_of,
+    shown_settings,
+    taken_points,
+    told,
+)
 
 NEAR = 0.02  # of the lowest rate: one seed and some thousand images do not tell such methods apart
-EXACT = 1e-9  # measures are written with six digits
 RATES = ("ASR", "re-tuned ASR")
 HEAD = ("attack", "images", *(f"lowest {name}" for name in RATES), f"lose more than {100 * MAX_DROP:g} points")
 
@@ -32,7 +41,7 @@ def ahead_table(lines: Sequence[Line]) -> str:
         return line["attack"] == CLEAN, line["attack"], line["budget"]
 
     def name(taken: Taken) -> str:
-        shown = ", ".join(f"{key} {value}" for key, value in settings(taken.line) if value)
+        shown = told(settings(taken.line))
         return f"{taken.method} ({shown})" if shown else taken.method
 
     rows = []

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_tsc.benchmark.acceptance import ALL_TO_ALL, CLEAN, of_last_training, shortcomings
 from hf_tsc.benchmark.lines import Line
-from hf_tsc.benchmark.points import Taken, columns_of, markdown, percent, shown_settings, taken_points
+from hf_tsc.benchmark.points import Taken, columns_of, markdown, percent, shown_settings, taken_points, told
 
 TUNED_ON = ("badnets", "blended")
 LEFT_OUT = (*TUNED_ON, ALL_TO_ALL, CLEAN)  # all-to-all has a trigger that settings were chosen on
@@ -44,8 +44,7 @@ def means_table(lines: Sequence[Line]) -> str:
     columns = columns_of(found)
     for (budget, shown, method), several in groupby(found, key=key):
         same = list(several)
-        names = ", ".join(f"{name} {value}" for name, value in shown if value)
-        head = [str(budget), method, names, f"{len({taken.line['suspect'] for taken in same})} of {total}"]
+        head = [str(budget), method, told(shown), f"{len({taken.line['suspect'] for taken in same})} of {total}"]
         rows.append([*head, *(percent(_by_seed(same, column)) for column in columns)])
     return markdown(["images", "method", "settings", "suspects", *columns], rows)
 

@@ -18,6 +18,7 @@ from hf_tsc.benchmark.lines import Line
 from hf_tsc.metrics import defense_effectiveness
 
 MAX_DROP = 0.04
+EXACT = 1e-9  # measures are written with six digits
 COLUMNS = ("ACC before", "ASR before", "ACC", "ASR", "RA", "DER", "re-tuned ACC", "re-tuned ASR")
 MEASURES = {"ACC": "accuracy", "ASR": "attack_success_rate", "RA": "robust_accuracy"}
 TWIN_RETUNED = "twin's re-tuned ASR"  # shown where it is known
@@ -72,14 +73,18 @@ def is_taken(line: Line, point: Measures) -> bool:
     return bool(point["t"] == line["paths"][-1]["taken"])
 
 
+def own_point(line: Line) -> Measures:
+    """The point that the line's method takes."""
+    return next(point for point in last_points(line) if is_taken(line, point))
+
+
 def taken_points(line: Line) -> list[Taken]:
     """What a line has to say of each method; nothing where the method failed."""
     if "error" in line:
         return []
-    own = next(point for point in last_points(line) if is_taken(line, point))
     names = names_of(line["method"])
     within = farthest_within(line)
-    return [Taken(names[0], line, own), *([Taken(names[1], line, within)] if within is not None else [])]
+    return [Taken(names[0], line, own_point(line)), *([Taken(names[1], line, within)] if within is not None else [])]
 
 
 def columns_of(found: Sequence[Taken]) -> list[str]:
@@ -98,7 +103,7 @@ def names_of(method: str) -> tuple[str, str]:
 
 def farthest_within(line: Line, max_drop: float = MAX_DROP) -> Measures | None:
     """The point within the accuracy budget on the held-out images that is farthest from the backdoored ends."""
-    lowest = line["before"]["held_out"]["score"] - max_drop - 1e-9
+    lowest = line["before"]["held_out"]["score"] - max_drop - EXACT
     both_ends = is_first_curve(line)
     inner = [p for p in last_points(line) if 0 < p["t"] < 1 or (p["t"] == 1 and line["method"] != "tsc")]
     within = [point for point in inner if point["held_out"]["score"] >= lowest]
@@ -125,6 +130,11 @@ def shown_settings(lines: Sequence[Line]) -> Callable[[Line], tuple[tuple[str, s
     methods = {line["method"] for line in lines}
     names = {method: _varying([line for line in lines if line["method"] == method]) for method in methods}
     return lambda line: tuple((name, _short(line["settings"].get(name))) for name in names[line["method"]])
+
+
+def told(settings: Sequence[tuple[str, str]]) -> str:
+    """Names and values of shown settings as text; without those that are not given."""
+    return ", ".join(f"{name} {value}" for name, value in settings if value)
 
 
 def _varying(lines: Sequence[Line]) -> list[str]:

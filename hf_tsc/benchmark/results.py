@@ -12,7 +12,7 @@ from hf_tsc.benchmark.ahead import ahead_table
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.means import attacks_of, judging, means_table
 from hf_tsc.benchmark.pictures import is_reported, plot_curves, plot_frontier, plot_means
-from hf_tsc.benchmark.points import Taken, columns_of, markdown, percent, shown_settings, taken_points
+from hf_tsc.benchmark.points import Taken, columns_of, markdown, percent, shown_settings, taken_points, told
 from hf_tsc.benchmark.twins import beside_twins
 
 
@@ -33,8 +33,7 @@ def group_table(lines: Sequence[Line]) -> str:
     for (attack, budget, settings, method), several in groupby(found, key=key):
         same = list(several)
         points = ", ".join(sorted({f"{taken.point['t']:g}" for taken in same}))
-        shown = ", ".join(f"{name} {value}" for name, value in settings if value)
-        cells = [attack, str(budget), method, shown, points, str(len(same))]
+        cells = [attack, str(budget), method, told(settings), points, str(len(same))]
         rows.append([*cells, *(percent([taken.value(column) for taken in same]) for column in columns)])
     head = ["attack", "images", "method", "settings", "point", "seeds", *columns]
     return markdown(head, rows)

@@ -31,6 +31,7 @@ from hf_tsc.suspects import (
 )
 from hf_tsc.tasks import Classification, Encoding, ImageTextMatching, Task
 from hf_tsc.triggers import trigger_from_dict
+from hf_tsc.work_folder import work_of
 
 TIMES = "times.json"
 TASKS: dict[str, type[Task]] = {"classifier": Classification, "encoder": Encoding, "dual_encoder": ImageTextMatching}
@@ -64,7 +65,7 @@ def train(plan: SuspectPlan, images: BenchmarkImages, cache: Path, *, use_cpu: b
     try:
         _train(plan, images, cache, folder, use_cpu=use_cpu)
     except OtherRequestError:  # left by another version, or from another copy of the images
-        shutil.rmtree(folder.with_name(folder.name + ".work"))
+        shutil.rmtree(work_of(folder))
         _train(plan, images, cache, folder, use_cpu=use_cpu)
     write_json(folder / TIMES, {"seconds": round(time.monotonic() - started, 1), "threads": torch.get_num_threads()})
 

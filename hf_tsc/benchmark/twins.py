@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_tsc.benchmark.acceptance import CLEAN
 from hf_tsc.benchmark.lines import Line
-from hf_tsc.benchmark.points import is_taken, last_points
+from hf_tsc.benchmark.points import is_taken, own_point
 
 ATTACK = ("trigger", "target_label")
 
@@ -37,8 +37,7 @@ def _attack(described: Mapping[str, Any]) -> str:
 
 def _retuned(twin: Line) -> dict[str, Any]:
     """What each attack did at the point that the method takes, by the attack."""
-    own = next(point for point in last_points(twin) if is_taken(twin, point))
-    return {_attack(measured): measured for measured in own.get("retuned_with", {}).values()}
+    return {_attack(measured): measured for measured in own_point(twin).get("retuned_with", {}).values()}
 
 
 def _beside(line: Line, known: dict[str, Any]) -> Line:

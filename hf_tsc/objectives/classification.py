@@ -50,6 +50,14 @@ class Mixup:
         return weight * pixels + (1 - weight) * whole[partner], partner, share
 
 
+def augmented_and_mixed(
+    batch: Batch, augmentation: Augmentation, mixup: Mixup | None, *, seed: int, rows: Rows | None
+) -> Tensor:
+    """The pictures of a batch in [0, 1], (n, 3, H, W), where it does not matter what they were mixed of."""
+    pixels = augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
+    return pixels if mixup is None else mixup(pixels, seed=seed, rows=rows)[0]
+
+
 class ImageClassification:
     """Classify clean images: from their labels (cross-entropy), or as the suspect does (distillation, no labels).
 

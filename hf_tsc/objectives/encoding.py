@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from hf_tsc.activations import Batch
 from hf_tsc.errors import UsageError
 from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
+from hf_tsc.in_memory import InMemory
 from hf_tsc.objectives.base import Forward
-from hf_tsc.objectives.classification import Mixup
+from hf_tsc.objectives.classification import Mixup, augmented_and_mixed
 from hf_tsc.objectives.hidden_states import HiddenStates, call_with_states
 from hf_tsc.processes import Rows, across_processes, loss_of_all, own_rows
 
@@ -47,22 +48,18 @@ class Projected:
     projected: Tensor
 
 
-class WithHead(nn.Module):
+class WithHead(InMemory):
     """An encoder and a head that is trained along: one module, as distributed training and checkpoints want it.
 
     The head is called in here, as distributed training has to see where each parameter is used.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module):
-        super().__init__()
-        self.model, self.head = model, head
+        super().__init__(model)
+        self.head = head
 
     def forward(self, *args: Any, **kwargs: Any) -> Projected:
-        return Projected(self.head(pooled(self.model(*args, **kwargs))))
-
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As of the encoder."""
-        self.model.activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        return Projected(self.head(pooled(super().forward(*args, **kwargs))))
 
 
 class ProjectionHead(nn.Sequential):
@@ -217,9 +214,7 @@ class FeatureDistillation:
 
     def _drawn(self, batch: Batch, *, seed: int, rows: Rows | None) -> Tensor:
         """Augmented and mixed inputs."""
-        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
-        if self.mixup is not None:
-            pixels, _, _ = self.mixup(pixels, seed=seed, rows=rows)
+        pixels = augmented_and_mixed(batch, self.augmentation, self.mixup, seed=seed, rows=rows)
         return self.pipeline.normalize(pixels)
 
     @torch.no_grad()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hf_tsc.activations import Batch
 from hf_tsc.errors import UsageError
-from hf_tsc.images import Augmentation, ImagePipeline, to_unit_interval
+from hf_tsc.images import Augmentation, ImagePipeline
 from hf_tsc.objectives.base import Forward
-from hf_tsc.objectives.classification import Mixup
+from hf_tsc.objectives.classification import Mixup, augmented_and_mixed
 from hf_tsc.objectives.hidden_states import HiddenStates, unexplained
 from hf_tsc.processes import Rows, across_processes, counted_once, loss_of_all, own_rows
 
@@ -90,9 +90,7 @@ class ImageText:
 
     def _drawn(self, batch: Batch, *, seed: int, rows: Rows | None) -> tuple[Batch, Tensor]:
         """Augmented (and mixed) images with one of their captions each, and the numbers of these."""
-        pixels = self.augmentation(to_unit_interval(batch["pixels"]), seed=seed, rows=rows)
-        if self.mixup is not None:
-            pixels, _, _ = self.mixup(pixels, seed=seed, rows=rows)
+        pixels = augmented_and_mixed(batch, self.augmentation, self.mixup, seed=seed, rows=rows)
         numbers = draw_captions(batch["captions"], seed=seed, rows=rows)
         return {"pixel_values": self.pipeline.normalize(pixels), **self.captions.inputs(numbers)}, numbers
 

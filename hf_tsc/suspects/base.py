@@ -22,7 +22,8 @@ from hf_tsc.evaluation import Attack
 from hf_tsc.folders import RECORD, check_output, finished_folder, write_json
 from hf_tsc.hub import quiet
 from hf_tsc.images import AUGMENTATIONS
-from hf_tsc.objective_trainer import InMemory, ObjectiveTrainer
+from hf_tsc.in_memory import InMemory
+from hf_tsc.objective_trainer import ObjectiveTrainer
 from hf_tsc.objectives import Objective
 from hf_tsc.tsc_config import NOT_REPORTED, WITHOUT_EFFECT
 from hf_tsc.work_folder import work_folder

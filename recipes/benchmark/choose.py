@@ -20,14 +20,13 @@ from typing import Any
 
 from hf_tsc.benchmark.lines import Line, read_lines
 from hf_tsc.benchmark.means import TUNED_ON
-from hf_tsc.benchmark.points import MAX_DROP, farthest_within, is_taken, last_points, markdown
+from hf_tsc.benchmark.points import EXACT, MAX_DROP, farthest_within, is_taken, last_points, markdown
 from hf_tsc.errors import UsageError
 from hf_tsc.metrics import defense_effectiveness
 
 GROUP = "tuning"
 ALONG_PATHS = ("tsc", "wise_ft", "mcr", "anp")
 WITHIN = f"max_accuracy_drop {100 * MAX_DROP:g}"
-EXACT = 1e-9  # measures are written with six digits
 
 
 @dataclass(frozen=True)
