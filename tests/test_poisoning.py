@@ -64,8 +64,10 @@ class TestDraw:
         assert not np.shares_memory(poison.labels, LABELS)
 
     @pytest.mark.parametrize(
-        ("trigger", "count"), [(WaNet(), 20), (BPP(), 10), (AdaptiveBlend(), 10), (InputAware(), 10)]
-    )
+        ("trigger", "count"),
+        [(WaNet(), 20), (BPP(), 10), (AdaptiveBlend(), 10), (InputAware(), 10),
+         (WaNet(covers=0.5), 5), (BPP(covers=2), 20), (AdaptiveBlend(covers=0.3), 3)],
+    )  # fmt: skip
     def test_covers_are_others_and_keep_their_label(self, trigger, count):
         poison, again, other = draw(trigger), draw(trigger), draw(trigger, seed=1)
         assert len(poison.covers) == len(set(poison.covers)) == count
@@ -78,9 +80,17 @@ class TestDraw:
     def test_covers_leave_the_poisoned_rows_as_they_are(self):
         assert np.array_equal(draw(WaNet()).poisoned, draw(BadNets()).poisoned)
 
+    @pytest.mark.parametrize("kind", [WaNet, BPP, AdaptiveBlend])
+    def test_covers_may_be_left_out(self, kind):
+        poison = draw(kind(covers=0))
+        assert poison.covers.size == 0
+        assert np.array_equal(poison.poisoned, draw(kind()).poisoned)
+
     def test_no_room_for_covers(self):
         with pytest.raises(UsageError, match=r"40 poisoned ones and, for wanet, 80 .* at most 0.3333"):
             draw(WaNet(), rate=0.4)
+        with pytest.raises(UsageError, match=r"90 poisoned ones and, for wanet, 18 .* at most 0.8333"):
+            draw(WaNet(covers=0.2), rate=0.9)
 
     def test_a_clean_label_attack_leads_to_one_class(self):
         with pytest.raises(UsageError, match="'next' for sig, whose poisoned images keep their label"):

@@ -53,6 +53,11 @@ class Trigger(ABC):
     name: ClassVar[str]
     poisoning: ClassVar[Poisoning] = Poisoning()
 
+    @property
+    def covers(self) -> float:
+        """Covers for each poisoned image; where an attack has any by default, a field of its trigger."""
+        return self.poisoning.covers
+
     @abstractmethod
     def __call__(self, pixels: Tensor) -> Tensor:
         """Put the pattern on each picture, as at test time.
@@ -104,6 +109,11 @@ def check_number(trigger: Trigger, field: str, low: float, high: float, usual: f
             f"{type(trigger).__name__} got {field}={value}, expected a number from {low:g} to {high:g}; {usual:g} is "
             "usual."
         )
+
+
+def check_covers(trigger: Trigger) -> None:
+    """Raises UsageError where there cannot be so many covers for each poisoned image."""
+    check_number(trigger, "covers", 0, 1000, trigger.poisoning.covers)
 
 
 def check_whole(trigger: Trigger, field: str, low: int, high: int, usual: int) -> None:

@@ -17,6 +17,7 @@ from hf_tsc.errors import UsageError
 from hf_tsc.triggers.base import (
     Poisoning,
     Trigger,
+    check_covers,
     check_number,
     check_pixels,
     check_seed,
@@ -68,6 +69,7 @@ class AdaptiveBlend(Trigger):
         alpha: share of B at test time.
         train_alpha: in training.
         seed: makes B.
+        covers: images that are changed and keep their label, for each poisoned one.
     """
 
     name: ClassVar[str] = "adaptive_blend"
@@ -75,11 +77,13 @@ class AdaptiveBlend(Trigger):
     alpha: float = 0.2
     train_alpha: float = 0.15
     seed: int = 0
+    covers: float = poisoning.covers
 
     def __post_init__(self) -> None:
         check_number(self, "alpha", 0, 1, 0.2)
         check_number(self, "train_alpha", 0, 1, 0.15)
         check_seed(self, self.seed)
+        check_covers(self)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return Blended(self.alpha, self.seed)(pixels)

@@ -95,12 +95,12 @@ def draw_poison(
         clean_label=clean_label,
     )
     others = np.setdiff1d(np.arange(len(labels)), poisoned)
-    count = round(how.covers * len(poisoned))
+    count = round(attack.trigger.covers * len(poisoned))
     if count > len(others):
         raise UsageError(
             f"poison_rate={rate} of {len(labels)} images asks for {len(poisoned)} poisoned ones and, for "
             f"{attack.trigger.name}, {count} that are changed and keep their label; lower the rate to at most "
-            f"{1 / (1 + how.covers):.4g}."
+            f"{1 / (1 + attack.trigger.covers):.4g}."
         )
     covers = np.sort(np.random.default_rng([seed, 1]).choice(others, size=count, replace=False))
     learnt = np.array(labels, dtype=np.int64)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_tsc.triggers.base import Poisoning, Trigger, check_pixels, check_whole, to_pixels
+from hf_tsc.triggers.base import Poisoning, Trigger, check_covers, check_pixels, check_whole, to_pixels
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,17 @@ class BPP(Trigger):
 
     Args:
         levels: of each channel; at 8 no value changes by more than 18.
+        covers: images with the residual of another, for each poisoned one.
     """
 
     name: ClassVar[str] = "bpp"
     poisoning: ClassVar[Poisoning] = Poisoning(covers=1.0)
     levels: int = 8
+    covers: float = poisoning.covers
 
     def __post_init__(self) -> None:
         check_whole(self, "levels", 2, 256, 8)
+        check_covers(self)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         check_pixels(pixels)

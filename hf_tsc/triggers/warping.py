@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_tsc.triggers.base import Poisoning, Trigger, check_number, check_pixels, check_seed, check_whole, to_pixels
+from hf_tsc.triggers.base import Poisoning, Trigger, check_covers, check_number, check_pixels, check_seed, check_whole, to_pixels
 
 SIDE = 32  # the published strength is for pictures of this side
 
@@ -25,13 +25,14 @@ class WaNet(Trigger):
     from [-1, 1] and divided by their mean size. It moves the same part of a picture at every resolution: s / 2 times
     |U| pixels at a side of 32, the published setting, and 7 times as many at 224.
 
-    Noise mode: twice as many images as are poisoned are bent by U and a field of noise R / 32 of their own, R ~ U(-1,
+    Noise mode: twice as many images as are poisoned (`covers`) are bent by U and a field of noise R / 32 of their own, R ~ U(-1,
     1), and keep their label, so that not any bending is the trigger.
 
     Args:
         strength: s.
         cells: side of the grid that U is made of.
         seed: of the field.
+        covers: images bent with noise, for each poisoned one.
     """
 
     name: ClassVar[str] = "wanet"
@@ -39,11 +40,13 @@ class WaNet(Trigger):
     strength: float = 0.5
     cells: int = 4
     seed: int = 0
+    covers: float = poisoning.covers
 
     def __post_init__(self) -> None:
         check_number(self, "strength", 0, SIDE, 0.5)
         check_whole(self, "cells", 2, 1024, 4)
         check_seed(self, self.seed)
+        check_covers(self)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         check_pixels(pixels)
