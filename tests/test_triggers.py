@@ -186,7 +186,7 @@ def test_every_registered_trigger_has_an_example():
         (lambda: WaNet(seed=1.5), "WaNet got seed=1.5, expected an integer"),
         (lambda: WaNet(seed=-1), "WaNet got seed=-1"),
         (lambda: AdaptiveBlend(train_alpha=2), "AdaptiveBlend got train_alpha=2"),
-        (lambda: AdaptiveBlend(covers=-1), "AdaptiveBlend got covers=-1, expected a number from 0 to 1000; 1 is usual"),
+        (lambda: AdaptiveBlend(covers=-1), "got covers=-1, expected a number from 0 to 1000; 1 is usual"),
         (lambda: WaNet(covers=-1), "WaNet got covers=-1, expected a number from 0 to 1000; 2 is usual"),
         (lambda: BPP(covers=-1), "BPP got covers=-1"),
         (lambda: trigger_from_dict({"name": "badnets", "covers": 1}), r"'badnets' got the unknown .* \['covers'\]"),

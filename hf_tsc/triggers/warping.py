@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_tsc.triggers.base import Poisoning, Trigger, check_covers, check_number, check_pixels, check_seed, check_whole, to_pixels
+from hf_tsc.triggers.base import (
+    Poisoning,
+    Trigger,
+    check_covers,
+    check_number,
+    check_pixels,
+    check_seed,
+    check_whole,
+    to_pixels,
+)
 
 SIDE = 32  # the published strength is for pictures of this side
 
@@ -25,8 +34,8 @@ class WaNet(Trigger):
     from [-1, 1] and divided by their mean size. It moves the same part of a picture at every resolution: s / 2 times
     |U| pixels at a side of 32, the published setting, and 7 times as many at 224.
 
-    Noise mode: twice as many images as are poisoned (`covers`) are bent by U and a field of noise R / 32 of their own, R ~ U(-1,
-    1), and keep their label, so that not any bending is the trigger.
+    Noise mode: twice as many images as are poisoned (`covers`) are bent by U and a field of noise R / 32 of their own,
+    R ~ U(-1, 1), and keep their label, so that not any bending is the trigger.
 
     Args:
         strength: s.
