@@ -143,6 +143,7 @@ class TestCells:
             **names,
             "trigger": {"name": "badnets"},
             "target_label": 0,
+            "poison_rate": 0.1,
             "budget": 50,
             "held_out": 0.2,
             "method": "fine_tuning",

@@ -37,6 +37,8 @@ def line(method="tsc", *, seed=0, settings=None, points=None, taken=0.5, path="r
         "attack": "badnets",
         "seed": seed,
         "suspect": f"resnet-badnets-{seed}-0",
+        "trigger": {"name": "badnets"},
+        "target_label": 0,
         "budget": 1400,
         "method": method,
         "settings": settings or {"learning_rate": 0.1},
@@ -123,6 +125,17 @@ class TestTables:
             ["resnet", "badnets", "0", "79.0", "100.0", "2", "no clean twin"],
             ["resnet", "badnets", "1", "79.0", "100.0", "1", "no clean twin"],
         ]
+
+    def test_numbers_of_a_suspect_are_told(self):
+        lines = [
+            line(
+                suspect="s0", attack="wanet", trigger={"name": "wanet", "strength": 1, "covers": 0.5}, poison_rate=0.2
+            ),
+            line(suspect="s1", attack="bpp", trigger={"name": "bpp", "levels": 4}),  # of an earlier version
+            line(suspect="s2", attack="clean", trigger={"name": "badnets", "size": 2}, poison_rate=0.0),
+        ]
+        numbers = [row[2] for row in rows_of(suspect_table(lines))]
+        assert numbers == ["strength 1, covers 0.5, poisoned 20 %", "levels 4", ""]
 
     def test_numbers_are_set_to_the_right(self):
         assert markdown(["a", "b"], [["x", "1.0"], ["y", ""]]).splitlines()[1] == "| --- | ---: |"

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from hf_tsc.benchmark.lines import Line
-from hf_tsc.benchmark.points import EXACT, MEASURES, markdown, percent
+from hf_tsc.benchmark.points import EXACT, MEASURES, markdown, percent, told
 from hf_tsc.triggers import TRIGGERS
 
 CLEAN, ALL_TO_ALL = "clean", "all_to_all"
@@ -57,19 +57,29 @@ def suspect_table(lines: Sequence[Line]) -> str:
 
     The same plan and seed give other weights on another machine. Lines of several trainings do not belong to one
     network; those without the hash of its weights count as one. Measures are of the last line. A suspect whose attack
-    was given other settings since is called replaced.
+    was given other settings since is called replaced; what the settings are is told where lines have any.
     """
     by_suspect, missed = {line["suspect"]: line for line in lines}, shortcomings(lines)
     last = {line["suspect"] for line in of_last_suspects(lines)}
-    rows = []
+    told_numbers, rows = any(map(_numbers, lines)), []
     for name, line in sorted(by_suspect.items()):
         measured = line["before"]["report"]
-        names = [line["model"], line["attack"], str(line["seed"])]
+        names = [line["model"], line["attack"], *([_numbers(line)] if told_numbers else []), str(line["seed"])]
         figures = [percent([measured[MEASURES[column]]]) for column in ("ACC", "ASR")]
         misses = [*([] if name in last else ["replaced"]), *([missed[name]] if missed[name] else [])]
         trainings = {other.get("weights") for other in lines if other["suspect"] == name}
         rows.append([*names, *figures, str(len(trainings)), ", ".join(misses)])
-    return markdown(["model", "attack", "seed", "ACC", "ASR", "trainings", "misses"], rows)
+    columns = ["model", "attack", *(["numbers given"] if told_numbers else []), "seed", "ACC", "ASR", "trainings"]
+    return markdown([*columns, "misses"], rows)
+
+
+def _numbers(line: Line) -> str:
+    """What the plan gave the trigger, and the share of poisoned images where the line tells it."""
+    if line["attack"] == CLEAN:
+        return ""
+    rate = line.get("poison_rate")
+    trigger = [(name, str(value)) for name, value in line.get("trigger", {}).items() if name != "name"]
+    return told([*trigger, ("poisoned", f"{100 * rate:g} %" if rate else "")])
 
 
 def of_last_runs(lines: Sequence[Line]) -> list[Line]:

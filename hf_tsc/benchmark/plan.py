@@ -120,6 +120,7 @@ class Cell:
             "group": self.group,
             **names,
             **plan.attack_content,
+            "poison_rate": plan.poison_rate,
             "budget": self.budget,
             "held_out": self.held_out,
             "method": self.method,
