@@ -151,6 +151,17 @@ class TestCells:
         }
         assert str(only) == f"{only.id} rates resnet/badnets/0 fine_tuning steps=3 learning_rate=0.1"
 
+    def test_an_attack_may_differ_for_a_model(self):
+        """What the model does not name is as for all, and its clean twin is the same one."""
+        own = {"badnets": {"poison_rate": 0.2, "trigger": {"name": "blended", "alpha": 0.1}}}
+        names = {"models": ["resnet", "vit"], "attacks": ["clean", "badnets"]}
+        twin, suspect, *of_vit = groups(names).suspects
+        changes = ((*MODEL, "attacks"), own), (CELLS, {**GROUP, **names})
+        same_twin, changed_one, *same_of_vit = plan(*changes).suspects
+        assert (changed_one.poison_rate, changed_one.target_label, changed_one.trigger["alpha"]) == (0.2, 0, 0.1)
+        assert changed_one.id != suspect.id
+        assert [same_twin, *same_of_vit] == [twin, *of_vit]
+
     def test_suspects_once_each_in_the_order_of_cells(self):
         made = groups({"seeds": [1, 0]}, {"method": "tsc", "settings": {}, "seeds": [0, 2]})
         assert [suspect.seed for suspect in made.suspects] == [1, 0, 2]
@@ -419,6 +430,13 @@ class TestRefused:
             ((*CELLS, "method"), "magic", "method 'magic': expected one of fine_tuning, tsc"),
             ((*CELLS, "models"), ["resnet", "bert"], "'bert' is none of the models: resnet, vit"),
             ((*CELLS, "attacks"), ["wanet"], "'wanet' is none of the attacks: badnets, clean"),
+            ((*MODEL, "attacks"), {"wanet": {}}, r"attacks of model resnet has the unknown key\(s\) wanet"),
+            (
+                (*MODEL, "attacks"),
+                {"badnets": {"rate": 0.2}},
+                r"attack badnets of model resnet has the unknown key\(s\) rate",
+            ),
+            ((*MODEL, "attacks"), {"badnets": {"target_label": "all"}}, "all"),
             ((*CELLS, "points"), [0.5, 1.5, -0.1], r"points \[1\.5, -0\.1\]: expected numbers from 0 to 1"),
             ((*CELLS, "report"), [2], r"points \[2\.0\]: expected numbers"),
             ((*CELLS, "retune"), [-1], r"points \[-1\.0\]: expected numbers"),

@@ -17,6 +17,7 @@ A plan is a YAML file:
         kind: classifier                        # or encoder, dual_encoder
         bad_encoder: {num_train_epochs: 5}      # of an encoder: arguments of SuspectConfig for such attacks
         adaptive: {learning_rate: 0.0002}       # of a classifier: what such attacks change of `suspect`
+        attacks: {badnets: {poison_rate: 0.05}} # what is different in an attack for this model
     attacks:
       badnets: {trigger: {name: badnets}, target_label: 0, poison_rate: 0.1}
       all: {trigger: {name: badnets}, target_label: next, poison_rate: 0.1}   # each class to the following
@@ -63,6 +64,8 @@ from hf_tsc.retuning import Retuning
 
 ROWS = ("suspect", "clean", "select", "report")
 EVERY_TENTH = tuple(k / 10 for k in range(11))
+OF_ATTACK = {"trigger", "target_label", "poison_rate", "method", "settings"}
+OF_MODEL = {"config", "image_size", "suspect", "retuning", "reactivation", "kind", "attacks", BAD_ENCODER, ADAPTIVE}
 TAKEN = "taken"  # in place of a point: the one that the method takes
 Places = tuple[float | str, ...]
 
@@ -170,15 +173,18 @@ class Plan:
         for one, other in (("suspect", "clean"), ("select", "report")):
             if max(rows[one][0], rows[other][0]) < min(rows[one][1], rows[other][1]):
                 raise ValueError(f"rows of {one} and {other} overlap")
+        for name, attack in content["attacks"].items():
+            _check_keys(attack, OF_ATTACK, f"attack {name}")
         for name, architecture in content["models"].items():
-            known = {"config", "image_size", "suspect", "retuning", "reactivation", "kind", BAD_ENCODER, ADAPTIVE}
-            _check_keys(architecture, known, f"model {name}")
+            _check_keys(architecture, OF_MODEL, f"model {name}")
+            own = architecture.get("attacks", {})
+            _check_keys(own, set(content["attacks"]), f"attacks of model {name}")
+            for changed, changes in own.items():
+                _check_keys(changes, OF_ATTACK, f"attack {changed} of model {name}")
             check_kind(architecture.get("kind", KINDS[0]), f"model {name}")
             # each complains of what it does not know
             Retuning(**architecture.get("retuning", {}))
             Reactivation(**architecture.get("reactivation", {}))
-        for name, attack in content["attacks"].items():
-            _check_keys(attack, {"trigger", "target_label", "poison_rate", "method", "settings"}, f"attack {name}")
         cells = [cell for entry in content["cells"] for cell in _cells(entry, content, rows)]
         seen: dict[str, Cell] = {}
         for cell in cells:

@@ -87,7 +87,7 @@ class Suspects:
         for kind, name in (("models", self.model), ("attacks", attack)):
             if name not in self.content[kind]:
                 raise ValueError(f"{name!r} is none of the {kind}: {', '.join(self.content[kind])}")
-        architecture, poisoning = self.content["models"][self.model], self.content["attacks"][attack]
+        architecture, poisoning = self.content["models"][self.model], self._attacks()[attack]
         target = NEXT if poisoning["target_label"] == NEXT else int(poisoning["target_label"])
         # each complains of what it does not know
         how = Attack(trigger_from_dict(poisoning["trigger"]), target).trigger.poisoning
@@ -115,10 +115,15 @@ class Suspects:
 
     def clean_twin(self, attack: str, what_for: str = "starts from") -> SuspectPlan:
         """Of the plan's first attack without poison; ValueError, which says what for, where there is none."""
-        for name, other in self.content["attacks"].items():
+        for name, other in self._attacks().items():
             if float(other["poison_rate"]) == 0 and "method" not in other:
                 return self.of(name)
         raise ValueError(f"attack {attack} {what_for} a clean model: add an attack with poison_rate 0")
+
+    def _attacks(self) -> dict[str, dict[str, Any]]:
+        """The plan's, with what is different in them for this model."""
+        own = self.content["models"][self.model].get("attacks", {})
+        return {name: {**attack, **own.get(name, {})} for name, attack in self.content["attacks"].items()}
 
     def _start(self, attack: str, how: Poisoning, poisoning: Mapping[str, Any]) -> SuspectPlan | None:
         method = poisoning.get("method", POISON)
@@ -130,7 +135,7 @@ class Suspects:
     def _base(self, attack: str, poisoning: Mapping[str, Any]) -> SuspectPlan:
         """The plan's suspect with the same poison."""
         same = ("trigger", "target_label", "poison_rate")
-        for name, other in self.content["attacks"].items():
+        for name, other in self._attacks().items():
             if "method" not in other and all(other[key] == poisoning[key] for key in same):
                 return self.of(name)
         raise ValueError(
