@@ -95,12 +95,21 @@ class TestPlans:
         seen: dict = {}
         for name, content in CONTENTS.items():
             for key, value in content[block].items():
-                value = {k: v for k, v in value.items() if k != "adaptive" or name != "cifar10"}
+                apart = {"adaptive", "attacks"} if name == "cifar10" else {"attacks"}  # those of each suspect, below
+                value = {k: v for k, v in value.items() if k not in apart}
                 known = seen.setdefault(key, value)
-                if name == "cifar10":
-                    known = {k: v for k, v in known.items() if k != "adaptive"}
-                assert known == value, (name, key)
+                assert {k: v for k, v in known.items() if k not in apart} == value, (name, key)
         assert len({str(content["rows"]) for content in CONTENTS.values()}) == 1
+
+    def test_suspects_agree(self):
+        """What differs in an attack for a model differs in all plans; a cell of one knows the suspects of another."""
+        seen: dict = {}
+        for name, plan in PLANS.items():
+            for suspect in plan.suspects:
+                key = suspect.model, suspect.attack, suspect.seed
+                assert seen.setdefault(key, suspect.id) == suspect.id, (name, key)
+        of_vit = {attack: name for (model, attack, _), name in seen.items() if model == "vit"}
+        assert {"badnets", "sig", "wanet", "bpp", "adaptive_blend", "clean"} <= set(of_vit)
 
     def test_chosen_settings_agree(self):
         """Whoever writes the tuning's choice into one plan writes it into all."""
