@@ -61,15 +61,16 @@ def suspect_table(lines: Sequence[Line]) -> str:
     """
     by_suspect, missed = {line["suspect"]: line for line in lines}, shortcomings(lines)
     last = {line["suspect"] for line in of_last_suspects(lines)}
-    told_numbers, rows = any(map(_numbers, lines)), []
+    numbers = {name: _numbers(line) for name, line in by_suspect.items()}
+    with_numbers, rows = any(numbers.values()), []
     for name, line in sorted(by_suspect.items()):
         measured = line["before"]["report"]
-        names = [line["model"], line["attack"], *([_numbers(line)] if told_numbers else []), str(line["seed"])]
+        names = [line["model"], line["attack"], *([numbers[name]] if with_numbers else []), str(line["seed"])]
         figures = [percent([measured[MEASURES[column]]]) for column in ("ACC", "ASR")]
         misses = [*([] if name in last else ["replaced"]), *([missed[name]] if missed[name] else [])]
         trainings = {other.get("weights") for other in lines if other["suspect"] == name}
         rows.append([*names, *figures, str(len(trainings)), ", ".join(misses)])
-    columns = ["model", "attack", *(["numbers given"] if told_numbers else []), "seed", "ACC", "ASR", "trainings"]
+    columns = ["model", "attack", *(["numbers given"] if with_numbers else []), "seed", "ACC", "ASR", "trainings"]
     return markdown([*columns, "misses"], rows)
 
 
