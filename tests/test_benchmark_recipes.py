@@ -69,13 +69,13 @@ class TestPlans:
         assert not attacks & set(TUNED_ON)
 
     def test_what_comes_after(self):
-        woken = [cell for cell in CELLS["after"] if cell.reactivate]
-        suspects = Counter(cell.suspect.id for cell in woken)
-        assert list(suspects.values()) == [5] * 4  # TSC, three baselines and ridge
-        assert {cell.suspect.id for cell in woken} <= {cell.suspect.id for cell in CELLS["small"]}
-        known = Counter(cell.suspect.attack for cell in CELLS["after"] if cell.suspect.adaptive)
-        assert known == {"knows_tsc": 12}
-        assert Counter(cell.suspect.attack for cell in CELLS["after"])["badnets"] == 10
+        woken = [cell for cell in CELLS["small"] if cell.reactivate]
+        methods = Counter((cell.suspect.model, cell.suspect.attack) for cell in woken)
+        assert methods == {(model, attack): 5 for model in ("resnet", "vit") for attack in ("sig", "bpp")}
+        assert {cell.method for cell in woken} == {"fine_tuning", "fst", "anp", "tsc", "ridge"}
+        known = Counter(cell.suspect.attack for cell in CELLS["after"])
+        assert known == {"knows_tsc": 12, "badnets": 10}
+        assert all(bool(cell.suspect.adaptive) == (cell.suspect.attack == "knows_tsc") for cell in CELLS["after"])
 
     def test_the_full_one(self):
         full = [cell for cell in CELLS["full"] if cell.group == "full"]
