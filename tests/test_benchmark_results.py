@@ -111,6 +111,16 @@ class TestTables:
         assert rows[0][:6] == ["badnets", "1400", "TSC", "", "0.5", "2"]
         assert rows[0][6:10] == ["80.0 ± 0.0", "100.0 ± 0.0", "70.0 ± 2.8", "20.0 ± 14.1"]  # before, after
 
+    def test_what_is_within_budget_and_taken_has_no_second_row(self):
+        """But where it is another point of one seed."""
+        same = line(taken=0.6)
+        assert [row[2] for row in rows_of(group_table([same]))] == ["TSC"]
+        found = rows_of(group_table([same, line(seed=1)]))
+        assert [(row[2], row[4], row[5]) for row in found] == [
+            ("TSC", "0.5, 0.6", "2"),
+            ("TSC within budget", "0.6", "2"),
+        ]
+
     def test_settings_that_differ_are_named(self):
         lines = [line(settings={"learning_rate": rate, "move_spaces": ["hidden", "qk"]}) for rate in (0.1, 0.2)]
         lines[1]["settings"]["move_spaces"] = ["hidden"]

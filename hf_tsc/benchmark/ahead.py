@@ -14,7 +14,6 @@ from hf_tsc.benchmark.points import (
     MAX_DROP,
     Taken,
     markdown,
-    names_of,
     shown_settings,
     taken_points,
     told,
@@ -58,7 +57,7 @@ def ahead_table(lines: Sequence[Line]) -> str:
 
 def _own_points(lines: Iterable[Line]) -> list[Taken]:
     """Of each line the point that its method takes, not that within budget."""
-    return [taken for line in lines for taken in taken_points(line) if taken.method == names_of(line["method"])[0]]
+    return [taken for line in lines for taken in taken_points(line) if not taken.within]
 
 
 def _seeds(several: Iterable[Line | Taken]) -> set[int]:

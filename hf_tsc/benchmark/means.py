@@ -9,7 +9,16 @@ from typing import Any
 
 from hf_tsc.benchmark.acceptance import ALL_TO_ALL, CLEAN, of_last_training, shortcomings
 from hf_tsc.benchmark.lines import Line
-from hf_tsc.benchmark.points import Taken, columns_of, markdown, percent, shown_settings, taken_points, told
+from hf_tsc.benchmark.points import (
+    Taken,
+    columns_of,
+    has_other_row,
+    markdown,
+    percent,
+    shown_settings,
+    taken_points,
+    told,
+)
 
 TUNED_ON = ("badnets", "blended")
 LEFT_OUT = (*TUNED_ON, ALL_TO_ALL, CLEAN)  # all-to-all has a trigger that settings were chosen on
@@ -31,6 +40,8 @@ def attacks_of(lines: Sequence[Line]) -> list[str]:
 def means_table(lines: Sequence[Line]) -> str:
     """One row a method and setting, in percent: means over attacks, and over seeds mean ± standard deviation of these.
 
+    Points within budget have none where all of them are those that the method takes.
+
     Args:
         lines: those of `judging`, of one model. A method that failed on a suspect has fewer suspects there.
     """
@@ -44,6 +55,8 @@ def means_table(lines: Sequence[Line]) -> str:
     columns = columns_of(found)
     for (budget, shown, method), several in groupby(found, key=key):
         same = list(several)
+        if has_other_row(same):
+            continue
         head = [str(budget), method, told(shown), f"{len({taken.line['suspect'] for taken in same})} of {total}"]
         rows.append([*head, *(percent(_by_seed(same, column)) for column in columns)])
     return markdown(["images", "method", "settings", "suspects", *columns], rows)

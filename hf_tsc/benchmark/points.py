@@ -8,7 +8,7 @@ fine-tuning the largest share of the fine-tuned model (interpolated fine-tuning)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -29,11 +29,15 @@ Measures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Taken:
-    """The point of a finished cell that a method takes, by one name of the method."""
+    """A point of a finished cell that stands for its method, by a name of its own.
+
+    `within` is that within budget; else it is the one that the method takes.
+    """
 
     method: str
     line: Line
     point: Measures
+    within: bool = False
 
     @property
     def place(self) -> str:
@@ -84,13 +88,19 @@ def taken_points(line: Line) -> list[Taken]:
         return []
     names = names_of(line["method"])
     within = farthest_within(line)
-    return [Taken(names[0], line, own_point(line)), *([Taken(names[1], line, within)] if within is not None else [])]
+    further = [Taken(names[1], line, within, within=True)] if within is not None else []
+    return [Taken(names[0], line, own_point(line)), *further]
 
 
 def columns_of(found: Sequence[Taken]) -> list[str]:
     """Those of a table: of clean twins and of reactivation only where something was measured."""
     twins = (TWIN_RETUNED,) if any("retuned_twin" in taken.point for taken in found) else ()
     return [*COLUMNS, *twins, *(REACTIVATED if any("reactivated" in taken.point for taken in found) else ())]
+
+
+def has_other_row(several: Iterable[Taken]) -> bool:
+    """Whether points within budget are all the ones that their method takes, which have a row of their own."""
+    return all(taken.within and is_taken(taken.line, taken.point) for taken in several)
 
 
 def names_of(method: str) -> tuple[str, str]:

@@ -12,15 +12,24 @@ from hf_tsc.benchmark.ahead import ahead_table
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.means import attacks_of, judging, means_table
 from hf_tsc.benchmark.pictures import is_reported, plot_curves, plot_frontier, plot_means
-from hf_tsc.benchmark.points import Taken, columns_of, markdown, percent, shown_settings, taken_points, told
+from hf_tsc.benchmark.points import (
+    Taken,
+    columns_of,
+    has_other_row,
+    markdown,
+    percent,
+    shown_settings,
+    taken_points,
+    told,
+)
 from hf_tsc.benchmark.twins import beside_twins
 
 
 def group_table(lines: Sequence[Line]) -> str:
     """One row an attack, method and setting, in percent; several seeds as mean ± standard deviation.
 
-    Settings that all lines of a method share are left out, and columns of clean twins and of reactivation where they
-    would be empty.
+    Left out are settings that all lines of a method share, columns of clean twins and of reactivation where they would
+    be empty, and points within budget where they are the ones that the method takes.
     """
     settings_of = shown_settings(lines)
 
@@ -32,6 +41,8 @@ def group_table(lines: Sequence[Line]) -> str:
     columns = columns_of(found)
     for (attack, budget, settings, method), several in groupby(found, key=key):
         same = list(several)
+        if has_other_row(same):
+            continue
         points = ", ".join(sorted({f"{taken.point['t']:g}" for taken in same}))
         cells = [attack, str(budget), method, told(settings), points, str(len(same))]
         rows.append([*cells, *(percent([taken.value(column) for taken in same]) for column in columns)])
