@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES / "benchmark"))
 choose = pytest.importorskip("choose")
 
-NAMES = ("tuning", "small", "after", "full")
+NAMES = ("tuning", "small", "after", "why", "full")
 FILES = {name: RECIPES / "benchmark" / f"{name}.yaml" for name in NAMES} | {"cifar10": RECIPES / "cifar10/plan.yaml"}
 CONTENTS = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
 PLANS = {name: Plan.read(FILES[name]) for name in NAMES}
