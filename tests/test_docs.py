@@ -179,3 +179,37 @@ class TestResults:
         found = re.findall(r"(\d+\.\d) / (\d+\.\d)(?: \((?:re-tuned )?(\d+\.\d)\))?", text)
         assert len(found) > 20
         assert [entry for entry in found if tuple(filter(None, entry)) not in measured] == []
+
+
+class TestBenchmark:
+    """docs/benchmark.md and its tables, of the lines of the small benchmark."""
+
+    LINES = read_lines(ROOT / "recipes/benchmark/results.jsonl")
+    TABLES = (ROOT / "docs/benchmark/tables.md").read_text(encoding="utf-8")
+    PAGE = (ROOT / "docs/benchmark.md").read_text(encoding="utf-8").replace("**", "")
+
+    def test_tables(self):
+        assert tables(self.LINES) == self.TABLES
+
+    def test_small_has_been_run_whole(self):
+        cells = {cell.id for cell in Plan.read(ROOT / "recipes/benchmark/small.yaml").cells}
+        assert cells <= {line["id"] for line in self.LINES}
+
+    def test_means_of_the_page(self):
+        rows = [[cell.strip() for cell in row.split("|")] for row in self.TABLES.splitlines() if "| 4 of 4 |" in row]
+        figures = [[row[2], row[7], row[8], f"{row[12]} ({row[13]})"] for row in rows]  # ACC, ASR, re-tuned (twin's)
+        for method in ("fine-tuning", "WiSE-FT", "FT-SAM", "FST", "ANP", "TSC", "ridge"):
+            resnet, vit = (figure[1:] for figure in figures if figure[0] == method)
+            assert f"| {' | '.join([method, *resnet, *vit])} |" in self.PAGE
+
+    def test_rates_of_the_page(self):
+        """Every `ASR (re-tuned ASR)` in the tables by attack is that of a point."""
+        points = [
+            point for line in self.LINES for path in line["paths"] for point in path["points"] if "retuned" in point
+        ]
+        rates = ((point["report"], point["retuned"]) for point in points)
+        measured = {tuple(f"{100 * images['attack_success_rate']:.1f}" for images in pair) for pair in rates}
+        start = self.PAGE.index("| ResNet | SIG |")
+        found = re.findall(r"(\d+\.\d) \((\d+\.\d)\)", self.PAGE[start : self.PAGE.index("\n- ", start)])
+        assert len(found) == 48
+        assert [pair for pair in found if pair not in measured] == []
