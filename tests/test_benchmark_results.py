@@ -5,12 +5,13 @@ import json
 import pytest
 
 from hf_tsc.baselines.registry import BASELINES
+from hf_tsc.benchmark import results
 from hf_tsc.benchmark.acceptance import of_last_suspects, of_last_training, suspect_table
 from hf_tsc.benchmark.ahead import ahead_table
 from hf_tsc.benchmark.means import judging, means_table
 from hf_tsc.benchmark.pictures import _other_colour, plot_curves, plot_frontier, plot_means
 from hf_tsc.benchmark.points import farthest_within, last_points, markdown, taken_points
-from hf_tsc.benchmark.results import group_table, tables
+from hf_tsc.benchmark.results import group_table, tables, write_results
 from hf_tsc.benchmark.twins import beside_twins
 from hf_tsc.cli import main
 from hf_tsc.metrics import defense_effectiveness
@@ -154,10 +155,12 @@ class TestTables:
         woken = {"plain": 0.1, "reactivated": 0.6, "twin_plain": 0.01, "twin": 0.05}
         lines = [line(seed=seed, points=[point(0.5, 0.7, 0.68, 0.1, reactivated=woken)]) for seed in (0, 1)]
         head = group_table([*lines, tuned()]).splitlines()[0]
-        assert head.endswith("| re-tuned ACC | re-tuned ASR | reactivated ASR | clean twin's ASR |")
-        rows = {row[2]: row[-2:] for row in rows_of(group_table([*lines, tuned()]))}
-        assert rows["TSC"] == ["60.0 ± 0.0", "5.0 ± 0.0"]
-        assert rows["fine-tuning"] == ["", ""]
+        assert head.endswith(
+            "| re-tuned ASR | reactivated ASR | untouched twin's ASR | untouched twin's reactivated ASR |"
+        )
+        rows = {row[2]: row[-3:] for row in rows_of(group_table([*lines, tuned()]))}
+        assert rows["TSC"] == ["60.0 ± 0.0", "1.0 ± 0.0", "5.0 ± 0.0"]
+        assert rows["fine-tuning"] == ["", "", ""]
         assert "reactivated" not in group_table([line(), tuned()])
 
     def test_failures_are_told(self):
@@ -277,6 +280,17 @@ class TestMeans:
         lines[0] = {**lines[0], "paths": [{**lines[0]["paths"][0], "points": last_points(lines[0]) + more}]}
         left, _ = plot_means(lines, title="x").axes
         assert list(left.get_lines()[0].get_xdata()) == pytest.approx([71])
+
+    def test_picture_is_of_the_last_runs(self, tmp_path, monkeypatch):
+        drawn = []
+
+        def plot(lines, title):
+            drawn.extend(lines)
+            return plot_means(lines, title=title)
+
+        monkeypatch.setattr(results, "plot_means", plot)
+        write_results([of_suspect("bpp", after=(0.1, 0.9)), *JUDGED], tmp_path)
+        assert drawn == judging(JUDGED)
 
     def test_command(self, tmp_path):
         (tmp_path / "r.jsonl").write_text("".join(json.dumps(one) + "\n" for one in JUDGED))
@@ -433,8 +447,8 @@ class TestPictures:
     def test_frontier(self):
         reached = point(0.5, 0.7, 0.68, 0.1, retuned=measures(0.5, 0.9))
         left, right = plot_frontier([line(points=[reached]), tuned()], title="x").axes
-        assert [list(one.get_xdata()) for one in left.get_lines()] == [[68], [80, 78, 70], [70]]
-        assert [list(one.get_ydata()) for one in right.get_lines()] == [[90], []]
+        assert [list(one.get_xdata()) for one in left.get_lines()] == [[68], [68], [80, 78, 70], [70]]
+        assert [list(one.get_ydata()) for one in right.get_lines()] == [[90], [90], []]
 
     def test_frontier_is_of_the_same_images_for_all(self):
         """Those of `report` where all points have them: a path is not thinned out."""
@@ -456,8 +470,9 @@ class TestPictures:
         assert list(joined.get_xdata()) == pytest.approx([75, 70, 60])
         assert list(joined.get_ydata()) == pytest.approx([50, 5, 4])
 
-    @pytest.mark.parametrize(("groups", "pale"), [(("final", "rates"), 1), (("final", "final_rates"), 0)])
+    @pytest.mark.parametrize(("groups", "pale"), [(("final", "rates"), 2), (("final", "final_rates"), 0)])
     def test_what_is_not_final_is_pale(self, groups, pale):
+        """A path and the dot on it."""
         left, _ = plot_frontier([line(group=group) for group in groups], title="x").axes
         assert sum(one.get_alpha() < 1 for one in left.get_lines()) == pale
 
@@ -470,7 +485,7 @@ class TestPictures:
 
 def test_command(tmp_path, capsys):
     reported = point(0.5, 0.7, 0.68, 0.1, report=measures(0.66, 0.2))
-    lines = [line(points=[reported]), tuned(), line(error="the loss is nan", id="bad")]
+    lines = [line(points=[reported]), tuned(), line(error="the loss is nan", id="bad", settings={"steps": 9})]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     assert main(["benchmark-tables", str(tmp_path / "r.jsonl"), "--output_dir", str(tmp_path / "out")]) == 0
     names = {file.name for file in (tmp_path / "out").iterdir()}

@@ -13,9 +13,11 @@ import pytest
 
 from hf_tsc import cli
 from hf_tsc.baselines.registry import BASELINES
+from hf_tsc.benchmark.acceptance import of_last_runs
 from hf_tsc.benchmark.lines import read_lines
 from hf_tsc.benchmark.plan import Plan
 from hf_tsc.benchmark.results import tables
+from hf_tsc.benchmark.twins import beside_twins
 from hf_tsc.demo import DEMO_MODELS
 from hf_tsc.report import PurificationReport
 from hf_tsc.triggers import TRIGGERS
@@ -203,13 +205,15 @@ class TestBenchmark:
             assert f"| {' | '.join([method, *resnet, *vit])} |" in self.PAGE
 
     def test_rates_of_the_page(self):
-        """Every `ASR (re-tuned ASR)` in the tables by attack is that of a point."""
+        """Every `ASR → re-tuned ASR (its clean twin's)` in the tables by attack is that of a point."""
+        lines = beside_twins(of_last_runs(self.LINES))
         points = [
-            point for line in self.LINES for path in line["paths"] for point in path["points"] if "retuned" in point
+            point for line in lines for path in line["paths"] for point in path["points"] if "retuned_twin" in point
         ]
-        rates = ((point["report"], point["retuned"]) for point in points)
-        measured = {tuple(f"{100 * images['attack_success_rate']:.1f}" for images in pair) for pair in rates}
+        names = ("report", "retuned", "retuned_twin")
+        measured = {tuple(f"{100 * point[name]['attack_success_rate']:.1f}" for name in names) for point in points}
         start = self.PAGE.index("| ResNet | SIG |")
-        found = re.findall(r"(\d+\.\d) \((\d+\.\d)\)", self.PAGE[start : self.PAGE.index("\n- ", start)])
+        tables_by_attack = self.PAGE[start : self.PAGE.index("\n- ", start)]
+        found = re.findall(r"(\d+\.\d) → (\d+\.\d) \((\d+\.\d)\)", tables_by_attack)
         assert len(found) == 48
-        assert [pair for pair in found if pair not in measured] == []
+        assert [rates for rates in found if rates not in measured] == []

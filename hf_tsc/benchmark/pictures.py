@@ -48,7 +48,7 @@ def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
     """Where methods stand between accuracy and attack success rate, before and after re-tuning.
 
     TSC over t (without the ends: of a first curve both are backdoored), interpolated fine-tuning over its share, each
-    along its path, one line a cell; plain fine-tuning as dots, as others that end their path, and joined over learning
+    along its path, one line a cell, with a dot where the method takes a point; plain fine-tuning joined over learning
     rates where nothing else differs. Where the names of groups begin with `final`, cells of other groups are pale. On
     the images of `report` where all points were measured on these, else on those of `select`. What is more than
     `SHOWN` points of accuracy below the best is cut off.
@@ -132,8 +132,8 @@ def _plot_path(axes: Any, lines: Sequence[Line], where: str, *, alpha: float) ->
     label = LABELS.get(method, f"{own} along its path")
     colour = COLOURS.get(own if method == "tsc" else within) or _other_colour(method)
     axes.plot(xs, ys, "-o", markersize=3, linewidth=1, color=colour, label=label, alpha=alpha)
-    if method != "tsc" and points and points[-1][0] == 1 and taken == {1}:
-        axes.plot(xs[-1:], ys[-1:], "o", color=COLOURS.get(own, colour), label=own, zorder=3, alpha=alpha)
+    for _, x, y in (point for point in points if {point[0]} == taken):
+        axes.plot([x], [y], "o", color=COLOURS.get(own, colour), label=own, zorder=3, alpha=alpha)
 
 
 def _mean_points(lines: Sequence[Line], where: str) -> list[tuple[float, float, float]]:

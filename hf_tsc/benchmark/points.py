@@ -22,7 +22,11 @@ EXACT = 1e-9  # measures are written with six digits
 COLUMNS = ("ACC before", "ASR before", "ACC", "ASR", "RA", "DER", "re-tuned ACC", "re-tuned ASR")
 MEASURES = {"ACC": "accuracy", "ASR": "attack_success_rate", "RA": "robust_accuracy"}
 TWIN_RETUNED = "twin's re-tuned ASR"  # shown where it is known
-REACTIVATED = {"reactivated ASR": "reactivated", "clean twin's ASR": "twin"}  # shown where something was reactivated
+REACTIVATED = {  # shown where something was reactivated; this twin was not purified
+    "reactivated ASR": "reactivated",
+    "untouched twin's ASR": "twin_plain",
+    "untouched twin's reactivated ASR": "twin",
+}
 LOST = "ACC lost"
 Measures = dict[str, Any]
 

@@ -75,11 +75,13 @@ def _of_group(lines: Sequence[Line], name: str, model: str) -> list[Line]:
 def write_results(lines: Sequence[Line], output: Path, say: Callable[[str], None] = print) -> None:
     """Write `tables.md`, a frontier for every suspect, curves and means.
 
-    A frontier is of the last training of its suspect, and of what was reported once TSC was.
+    A frontier is of the last training of its suspect, and of what was reported once TSC was. Of cells that were run
+    twice on the same weights the last run is drawn.
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / "tables.md").write_text(tables(lines), encoding="utf-8")
-    for name, several in groupby(sorted(lines, key=_suspect_name), key=_suspect_name):
+    last_runs = of_last_runs(lines)
+    for name, several in groupby(sorted(last_runs, key=_suspect_name), key=_suspect_name):
         of_suspect = list(several)
         drawn = of_last_training(of_suspect)
         reported = [line for line in drawn if "error" not in line and is_reported(line)]
@@ -88,7 +90,7 @@ def write_results(lines: Sequence[Line], output: Path, say: Callable[[str], None
         for line in of_suspect:
             if line["method"] == "tsc" and "error" not in line and is_reported(line):
                 plot_curves(line).savefig(output / f"curves-{name}-{line['id']}.png", dpi=110)
-    _write_means(judging(lines), output)
+    _write_means(judging(last_runs), output)
     say(f"tables.md and pictures are in {output}")
 
 
