@@ -27,6 +27,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT / "recipes"))
 demo_docs = pytest.importorskip("demo_docs")
 baseline_docs = pytest.importorskip("baseline_docs")
+evidence = pytest.importorskip("evidence")
 symmetry_docs = pytest.importorskip("symmetry_docs")
 benchmark_performance = pytest.importorskip("benchmark_performance")
 two_processes = pytest.importorskip("two_processes")
@@ -149,6 +150,31 @@ def test_killed_purifications_came_out_the_same():
         assert all(run["same"] for run in row["runs"])
 
 
+def figures_of(text):
+    """Every `ACC / ASR`, and every `ACC / ASR (re-tuned ASR)`."""
+    found = re.findall(r"(\d+\.\d) / (\d+\.\d)(?: \((?:re-tuned )?(\d+\.\d)\))?", " ".join(text.split()))
+    return [tuple(filter(None, figure)) for figure in found]
+
+
+def measured_figures(lines):
+    """Those of suspects, and of all points."""
+
+    def percent(measures, *names):
+        return tuple(f"{100 * measures[name]:.1f}" for name in names)
+
+    measured = set()
+    for line in lines:
+        before = (line["before"][name] for name in ("select", "report"))
+        measured |= {percent(images, "accuracy", "attack_success_rate") for images in before}
+        for point in (point for path in line["paths"] for point in path["points"]):
+            for images in (point[name] for name in ("select", "report") if name in point):
+                pair = percent(images, "accuracy", "attack_success_rate")
+                measured.add(pair)
+                if "retuned" in point:
+                    measured.add((*pair, *percent(point["retuned"], "attack_success_rate")))
+    return measured
+
+
 class TestResults:
     """docs/results.md and its tables, of the lines that the benchmark wrote."""
 
@@ -162,31 +188,16 @@ class TestResults:
         assert {line["id"] for line in self.LINES} <= cells
 
     def test_figures_of_the_text_are_measured(self):
-        """Every `ACC / ASR`, and every `ACC / ASR (re-tuned ASR)`, is that of a point."""
-
-        def percent(measures, *names):
-            return tuple(f"{100 * measures[name]:.1f}" for name in names)
-
-        measured = set()
-        for line in self.LINES:
-            before = (line["before"][name] for name in ("select", "report"))
-            measured |= {percent(images, "accuracy", "attack_success_rate") for images in before}
-            for point in (point for path in line["paths"] for point in path["points"]):
-                for images in (point[name] for name in ("select", "report") if name in point):
-                    pair = percent(images, "accuracy", "attack_success_rate")
-                    measured.add(pair)
-                    if "retuned" in point:
-                        measured.add((*pair, *percent(point["retuned"], "attack_success_rate")))
-        text = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
-        found = re.findall(r"(\d+\.\d) / (\d+\.\d)(?: \((?:re-tuned )?(\d+\.\d)\))?", text)
+        found = figures_of((ROOT / "docs/results.md").read_text(encoding="utf-8"))
         assert len(found) > 20
-        assert [entry for entry in found if tuple(filter(None, entry)) not in measured] == []
+        assert [figure for figure in found if figure not in measured_figures(self.LINES)] == []
 
 
 class TestBenchmark:
     """docs/benchmark.md and its tables, of the lines of the small benchmark."""
 
     LINES = read_lines(ROOT / "recipes/benchmark/results.jsonl")
+    WHY = read_lines(ROOT / "recipes/benchmark/why.jsonl")
     TABLES = (ROOT / "docs/benchmark/tables.md").read_text(encoding="utf-8")
     PAGE = (ROOT / "docs/benchmark.md").read_text(encoding="utf-8").replace("**", "")
 
@@ -217,3 +228,42 @@ class TestBenchmark:
         found = re.findall(r"(\d+\.\d) → (\d+\.\d) \((\d+\.\d)\)", tables_by_attack)
         assert len(found) == 48
         assert [rates for rates in found if rates not in measured] == []
+
+    def test_figures_after_the_purification(self):
+        start, end = (self.PAGE.index(head) for head in ("### An attacker who knows TSC", "### The same again"))
+        found = figures_of(self.PAGE[start:end])
+        assert len(found) == 39
+        assert [figure for figure in found if figure not in measured_figures(self.LINES + self.WHY)] == []
+
+    def test_what_explains_is_in_its_plan(self):
+        cells = {cell.id for cell in Plan.read(ROOT / "recipes/benchmark/why.yaml").cells}
+        assert {line["id"] for line in self.WHY} <= cells
+
+    def test_sample_is_the_same_again(self):
+        first = {line["id"]: line for line in self.LINES}
+        sample = read_lines(ROOT / "recipes/benchmark/sample.jsonl")
+        assert len(sample) == 5
+        assert all({**line, "seconds": first[line["id"]]["seconds"]} == first[line["id"]] for line in sample)
+
+    def test_hours_of_the_small_one(self):
+        cells = {cell.id for cell in Plan.read(ROOT / "recipes/benchmark/small.yaml").cells}
+        seconds = sum(line["seconds"]["all"] for line in self.LINES if line["id"] in cells)
+        assert f"`seconds` of its lines add up to {seconds / 3600:.1f} hours" in self.PAGE
+
+
+def test_table_of_evidence():
+    """docs/results/evidence.md, and the counts of docs/evidence.md."""
+    lines = read_lines(ROOT / "docs/results/evidence.jsonl")
+    assert evidence.table(lines) == (ROOT / "docs/results/evidence.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    kinds = {
+        "BadNets, plain and of an attacker who knows TSC": ("badnets",),
+        "SIG, WaNet, adaptive blend": ("sig", "wanet", "adaptive_blend"),
+        "clean twins": (evidence.CLEAN,),
+    }
+    assert len(lines) == sum(line["attack"] in attacks for attacks in kinds.values() for line in lines)
+    for name, attacks in kinds.items():
+        flagged = [line for line in lines if line["attack"] in attacks and line["flagged"] is not None]
+        right = sum(line["flagged"] == line["target_label"] for line in flagged)
+        counts = [sum(line["attack"] in attacks for line in lines), len(flagged), right if flagged else ""]
+        assert f"| {' | '.join([name, *map(str, counts)])} |".replace("|  |", "| |") in page

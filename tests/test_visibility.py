@@ -81,3 +81,10 @@ def test_table():
     line = {"id": "a", "model": "vit", "attack": "bpp", "trigger": {"name": "bpp", "levels": 3}}
     text = visibility.table([{**line, "clean": 0.921, "triggered": 0.5}])
     assert text.splitlines()[2] == "| vit | bpp | levels 3 | 92.1 | 50.0 |"
+
+
+def test_the_table_in_the_docs_is_that_of_its_lines():
+    docs = Path(__file__).parents[1] / "docs/benchmark"
+    assert visibility.table(read_lines(docs / "visibility.jsonl")) == (docs / "visibility.md").read_text(
+        encoding="utf-8"
+    )
