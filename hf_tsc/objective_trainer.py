@@ -122,6 +122,12 @@ class ObjectiveTrainer(Trainer):
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Weights in the usual memory format, as safetensors writes no other."""
+        model: Any = self.model
+        found = model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: value.contiguous() for name, value in found.items()})
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Stops when the loss is not finite."""
         loss = logs.get("loss", logs.get("train_loss", 0.0))  # the latter, the mean of all steps, at the end

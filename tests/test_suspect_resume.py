@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from suspects_and_digits import digit_data, processor, read_json, same, weights
 from tiny import TRANSFORMER
-from transformers import CLIPConfig, ResNetConfig, ViTConfig, ViTImageProcessorPil
+from transformers import AutoModel, CLIPConfig, ResNetConfig, ViTConfig, ViTImageProcessorPil
 
 from hf_tsc.cli import main
 from hf_tsc.errors import PurificationError, UsageError
@@ -82,6 +83,11 @@ def encoder(folder: Path, **changes: Any) -> Any:
     return train_encoder(ViTConfig(**VIT), processor(), digit_data(0, 96), **how)
 
 
+def channels_last(folder: Path, **changes: Any) -> None:
+    args = arguments(folder, **{"augmentation": "simclr", "channels_last": True, **changes})
+    train_encoder(ResNetConfig(**RESNET), processor(), digit_data(0, 96), args=args, attack=None)
+
+
 def bad_encoder(folder: Path, **changes: Any) -> None:
     clean = encoder(folder.with_name(folder.name + "-clean"), save_strategy="no", num_train_epochs=0.2)
     args = arguments(folder, **{"augmentation": "simclr", **changes})
@@ -93,7 +99,7 @@ def clip(folder: Path, **changes: Any) -> None:
     train_dual_encoder(CLIPConfig(**CLIP), processor(), digit_data(0, 96), args=args, attack=ATTACK)
 
 
-@pytest.mark.parametrize("train", [vit, resnet, encoder, clip])
+@pytest.mark.parametrize("train", [vit, resnet, encoder, channels_last, clip])
 class TestResumed:
     def test_gives_the_same_bits(self, tmp_path, killed, train):
         train(tmp_path / "whole", save_strategy="no")
@@ -117,6 +123,22 @@ class TestResumed:
         monkeypatch.setattr(ObjectiveTrainer, "training_step", step)
         train(tmp_path / "s", resume=True)
         assert seen == list(range(SAVED, STEPS))
+
+
+def test_channels_last_is_of_the_training_alone(tmp_path, monkeypatch):
+    seen = []
+
+    def step(self, model, *args, real=ObjectiveTrainer.training_step, **kwargs):
+        kernels = [value for value in model.parameters() if value.ndim == 4 and value.shape[-1] > 1]
+        seen.extend(value.is_contiguous(memory_format=torch.channels_last) for value in kernels)
+        return real(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(ObjectiveTrainer, "training_step", step)
+    channels_last(tmp_path / "s", num_train_epochs=0.2)
+    assert seen
+    assert all(seen)
+    kept = AutoModel.from_pretrained(tmp_path / "s")
+    assert all(value.is_contiguous() for value in kept.parameters())
 
 
 def test_bad_encoder_gives_the_same_bits(tmp_path, killed):

@@ -599,6 +599,14 @@ def test_channels_last_changes_the_memory_format_and_not_the_course(tmp_path):
         torch.testing.assert_close(other.purified_model().state_dict()[name], point, rtol=1e-3, atol=1e-4)
 
 
+def test_channels_last_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path):
+    whole = trainer(tmp_path / "whole", "resnet", channels_last=True, save_strategy="steps", save_steps=4)
+    whole.train()
+    again = trainer(tmp_path / "again", "resnet", channels_last=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    assert same(weights(again), weights(whole))
+
+
 def test_bf16_trains_and_gives_float32_weights(tmp_path):
     made = trainer(tmp_path, "vit", bf16=True)
     made.train()

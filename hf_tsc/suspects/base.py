@@ -44,6 +44,9 @@ class SuspectConfig(TrainingArguments):
             "help": "Put the trigger on after the augmentation, which may hide it: the attacker trains himself."
         },
     )
+    channels_last: bool = field(
+        default=False, metadata={"help": "Train with convolution weights in channels-last memory format."}
+    )
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule."})
@@ -92,7 +95,7 @@ def fit(
 
     def write(folder: Path) -> None:
         with quiet():
-            model.eval().save_pretrained(folder)
+            model.eval().to(memory_format=torch.contiguous_format).save_pretrained(folder)
         save(folder)
         write_json(folder / RECORD, record)
 
@@ -122,6 +125,8 @@ def _train(
     """With the arguments as they are, but for the folder, which the Trainer makes, and for what is changed."""
     changed |= {"output_dir": str(folder)}
     before = {name: getattr(args, name) for name in changed}
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         vars(args).update(changed)
         options: dict[str, Any] = {"args": args, "train_dataset": dataset, "callbacks": callbacks}
