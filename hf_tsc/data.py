@@ -88,6 +88,8 @@ def load_images(
             loaded = load_dataset(name_or_path, config_name, split=split, revision=revision, token=token)
             break
         except LOADING_ERRORS as error:
+            if saved and isinstance(error, IndexError):
+                raise UsageError(f"{name_or_path} has no rows: expected images.") from error
             reason = " ".join(str(error).split())[:300]
             passing = None if path.exists() else _passing(error)
             if passing is None:

@@ -59,6 +59,11 @@ class TestLoadImages:
         with pytest.raises(UsageError, match="saved by save_to_disk: it has no config_name or revision"):
             load_images(str(tmp_path), revision="main")
 
+    def test_saved_without_rows(self, tmp_path):
+        small_dataset(3).select([]).save_to_disk(tmp_path / "empty")
+        with pytest.raises(UsageError, match=r"empty has no rows: expected images\."):
+            open_images(str(tmp_path / "empty"))
+
     def test_saved_splits(self, tmp_path):
         splits = DatasetDict({"validation": small_dataset(3), "test": small_dataset(5)})
         splits.save_to_disk(tmp_path / "both")
