@@ -695,6 +695,13 @@ class TestSuspects:
         assert read_json(finished.suspect / "config.json").items() >= RESNET.items()
         assert read_json(finished.suspect / "times.json").keys() == {"seconds", "threads"}
 
+    def test_in_bf16_without_an_accelerator(self, images, tmp_path):
+        content = content_of({**TUNING, "group": "g"})
+        content["models"]["resnet"]["suspect"]["bf16"] = True
+        (cell,) = Plan.from_dict(content).cells
+        suspects.train(cell.suspect, images, tmp_path)
+        assert suspects.is_trained(cell.suspect, tmp_path)
+
     def test_clean_twin(self, images, tmp_path):
         (cell,) = plan_of({**TUNING, "group": "g", "attacks": ["clean"]}).cells
         suspects.train(cell.suspect, images, tmp_path)

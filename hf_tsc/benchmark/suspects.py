@@ -18,6 +18,7 @@ from hf_tsc.evaluation import Attack
 from hf_tsc.folders import write_json
 from hf_tsc.hub import Source, load_image_processor, load_model, resolve_model
 from hf_tsc.images import ImagePipeline
+from hf_tsc.processes import working_device
 from hf_tsc.suspects import (
     RECORD,
     Adaptive,
@@ -71,7 +72,8 @@ def train(plan: SuspectPlan, images: BenchmarkImages, cache: Path, *, use_cpu: b
 
 
 def _train(plan: SuspectPlan, images: BenchmarkImages, cache: Path, folder: Path, *, use_cpu: bool) -> None:
-    options: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": use_cpu, "resume": True}
+    on_cpu = working_device(use_cpu=use_cpu).type == "cpu"  # transformers refuses bf16 there unless it is asked for
+    options: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": on_cpu, "resume": True}
     args = SuspectConfig(output_dir=str(folder), seed=plan.seed, **{**options, **plan.arguments})
     made, rows = processor(plan), rows_of(plan.rows)
     attack = attack_of(plan, cache) if plan.poison_rate > 0 or plan.start is not None else None
