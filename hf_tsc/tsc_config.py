@@ -160,8 +160,8 @@ class TSCConfig(TrainingArguments):
     > Parameters that control the loss
 
     objective (`str`): of classifiers `cross_entropy` (labels) or `distillation` (the suspect's own answers on clean
-        images); of encoders `distillation` (its features) or `simclr`; of dual encoders `image_text` (pairs) or
-        `distillation` (its embeddings of images and of texts).
+        images); of encoders `distillation` (its features) or `simclr`; of dual encoders `distillation` (its embeddings
+        of images and of texts) or `image_text` (pairs).
     temperature (`float`): of the distillation from a classifier, and of SimCLR.
     teacher_view (`str`): what the suspect answers to when a classifier is distilled from it: `same`, the augmented and
         mixed picture; `clean`, the picture as it is in the data set.

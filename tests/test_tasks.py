@@ -180,12 +180,14 @@ class TestEncoder:
 
 
 class TestDualEncoder:
-    def test_purified_with_captions(self, folders, tmp_path):
+    @pytest.mark.parametrize("objective", [None, "image_text"])
+    def test_purified_with_captions(self, folders, tmp_path, objective):
         data = captioned(0, 300)
         test = open_images(captioned(300, 360))
-        report = run(folders["clip"], tmp_path / "out", data, test=test, attack=ATTACK)
+        config = {} if objective is None else {"objective": objective}
+        report = run(folders["clip"], tmp_path / "out", data, test=test, attack=ATTACK, config=config)
         assert report.task["pipeline_tag"] == "zero-shot-image-classification"
-        assert report.arguments["objective"] == "image_text"
+        assert report.arguments["objective"] == (objective or "distillation")
         names = {"n", "accuracy", "n_triggered", "attack_success_rate", "robust_accuracy"}
         names |= {"image_to_text", "text_to_image"}
         assert set(report.after["test"]) == names
@@ -278,13 +280,14 @@ class TestRefused:
     @pytest.mark.parametrize("name", ["clip", "resnet"])
     def test_a_batch_of_one(self, folders, tmp_path, name):
         config = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
-        config |= {"objective": "simclr"} if name == "resnet" else {}
+        config["objective"] = {"resnet": "simclr", "clip": "image_text"}[name]
         with pytest.raises(UsageError, match="accumulated batches do not count"):
             run(folders[name], tmp_path / "out", digits(0, 100), config=config)
 
     def test_no_whole_batch(self, folders, tmp_path):
+        config = {"objective": "image_text", "per_device_train_batch_size": 64}
         with pytest.raises(UsageError, match="there are 48 images to train on, which makes no whole batch"):
-            run(folders["clip"], tmp_path / "out", digits(0, 100), config={"per_device_train_batch_size": 64})
+            run(folders["clip"], tmp_path / "out", digits(0, 100), config=config)
 
     def test_an_objective_of_another_kind(self, folders, tmp_path):
         with pytest.raises(UsageError, match="cross_entropy does not fit resnet, which is an image encoder"):

@@ -196,9 +196,9 @@ def settings_of(name: str, options: Mapping[str, Any], objectives: Sequence[str]
     Args:
         name: of `BASELINES`.
         options: those that differ from its defaults.
-        objectives: those that fit the model, its default first. Where the method's own default is none of them, or
-            that of a classifier or encoder alone, the first takes its place that is no distillation, as the suspect
-            answers like itself already; with what goes with it.
+        objectives: those that fit the model, its default first. Where the method's own default is none of them, the
+            first takes its place that is no distillation, as the suspect answers like itself already; with what goes
+            with it.
 
     Raises:
         UsageError: an unknown name, a wrong value.
@@ -207,7 +207,7 @@ def settings_of(name: str, options: Mapping[str, Any], objectives: Sequence[str]
     known = [entry.name for entry in fields(kind)]
     if unknown := sorted(set(options) - set(known)):
         raise UsageError(f"{name} has no setting(s) {', '.join(unknown)}: it knows {', '.join(known)}")
-    if kind.objective not in objectives or objectives[0] not in CLASSIFYING:
+    if kind.objective not in objectives:
         learnt = [name for name in objectives if name != "distillation"]
         objective = options.get("objective", learnt[0])
         fitting = {key: value for key, value in OBJECTIVE_DEFAULTS.get(objective, {}).items() if key in known}

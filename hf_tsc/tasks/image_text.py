@@ -30,7 +30,7 @@ class ImageTextMatching(Task):
     kind = "image-text dual encoder"
     auto_class = AutoModel
     pipeline_tag = "zero-shot-image-classification"
-    objectives = ("image_text", "distillation")
+    objectives = ("distillation", "image_text")
     accuracy = "zero-shot accuracy"
 
     def __init__(self, work: Work):
