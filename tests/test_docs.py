@@ -175,6 +175,9 @@ def measured_figures(lines):
     return measured
 
 
+ENCODERS = "\n## Encoders and CLIP\n"
+
+
 class TestResults:
     """docs/results.md and its tables, of the lines that the benchmark wrote."""
 
@@ -188,9 +191,42 @@ class TestResults:
         assert {line["id"] for line in self.LINES} <= cells
 
     def test_figures_of_the_text_are_measured(self):
-        found = figures_of((ROOT / "docs/results.md").read_text(encoding="utf-8"))
+        text, _ = (ROOT / "docs/results.md").read_text(encoding="utf-8").split(ENCODERS)
+        found = figures_of(text)
         assert len(found) > 20
         assert [figure for figure in found if figure not in measured_figures(self.LINES)] == []
+
+
+class TestEncoders:
+    """The part of docs/results.md on encoders and CLIP, of the lines that the benchmark wrote and of the commands."""
+
+    LINES = read_lines(ROOT / "recipes/encoders/results.jsonl")
+    COMMANDS = json.loads((ROOT / "docs/results/encoders/commands.json").read_text(encoding="utf-8"))
+
+    def test_tables(self):
+        assert (ROOT / "docs/results/encoders/tables.md").read_text(encoding="utf-8") == tables(self.LINES)
+
+    def test_cells_are_in_the_plan(self):
+        cells = {cell.id for cell in Plan.read(ROOT / "recipes/encoders/plan.yaml").cells}
+        assert {line["id"] for line in self.LINES} <= cells
+
+    def test_suspects_are_what_the_recipe_asks_for(self):
+        before = {(line["model"], line["attack"]): line["before"]["report"] for line in self.LINES}
+        untrained = before["vit_untrained", "clean"]["accuracy"]
+        lowest = {"resnet": 0.6, "vit": max(0.48, untrained + 0.1), "clip": 0.5}
+        for (model, attack), measured in before.items():
+            assert measured["accuracy"] >= lowest.get(model, 0)
+            assert attack not in ("bad_encoder", "captions") or measured["attack_success_rate"] >= 0.9
+
+    def test_figures_of_the_text_are_measured(self):
+        _, text = (ROOT / "docs/results.md").read_text(encoding="utf-8").split(ENCODERS)
+        measured = measured_figures(self.LINES)
+        for told in self.COMMANDS.values():
+            pairs = ((told[when]["accuracy"], told[when]["attack_success_rate"]) for when in ("before", "after"))
+            measured |= {tuple(f"{100 * share:.1f}" for share in pair) for pair in pairs}
+        found = figures_of(text)
+        assert len(found) > 20
+        assert [figure for figure in found if figure not in measured] == []
 
 
 class TestBenchmark:

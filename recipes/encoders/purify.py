@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,14 @@ def hf_tsc(*words: str) -> str:
 
 
 def purify(suspect: Path, clean: Path, output: Path) -> dict[str, Any]:
-    """The settings and the seconds of a purification without further options."""
-    started = time.monotonic()
-    hf_tsc("purify", str(suspect), "--dataset_name", str(clean), "--budget", str(BUDGET), "--output_dir", str(output))
+    """The settings and the cost of a purification without further options."""
+    if not output.exists():
+        words = ["--dataset_name", str(clean), "--budget", str(BUDGET), "--output_dir", str(output)]
+        hf_tsc("purify", str(suspect), *words, "--resume")
     report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
     chosen = ("objective", "learning_rate", "optim", "move_spaces", "feature_weight", "feature_states", "curve_epochs")
     settings = {name: report["arguments"][name] for name in (*chosen, "curve1_t", "augmentation")}
-    return {"settings": settings, "seconds": round(time.monotonic() - started, 1)}
+    return {"settings": settings, "cost": report["cost"], "environment": report["environment"]}
 
 
 def main() -> None:
@@ -74,6 +74,7 @@ def main() -> None:
         made = purify(suspect, clean, output)
         after = json.loads(hf_tsc("evaluate", str(output), *measure))
         results[plan.id] = {"model": plan.model, "attack": plan.attack, **made, "before": before, "after": after}
+        OUTPUT.parent.mkdir(parents=True, exist_ok=True)
         write_json(OUTPUT, results)
         print(f"{plan.id}: {before} -> {after}")
 
