@@ -207,11 +207,6 @@ class TestSuspects:
         rows = rows_of(suspect_table([of_suspect("bpp"), *others, TWIN]))
         assert {row[-1] for row in rows} == {""}
 
-    def test_twin_with_another_trigger(self):
-        twin = {**TWIN, "attack": "clean_captions", "suspect": "resnet-clean_captions-0"}
-        found = {row[1]: row[-1] for row in rows_of(suspect_table([of_suspect("captions"), twin]))}
-        assert found == {"captions": "", "clean_captions": ""}
-
     def test_replaced_ones(self):
         """An attack was given other settings; the models of other names are still there."""
         first, second = of_suspect("bpp", asr=0.5), of_suspect("bpp")

@@ -946,6 +946,23 @@ class TestOtherKinds:
         expected = evaluate_source(source, digit_data(first, last), attack=Attack(BadNets(), 0))
         assert bench.suspect_measures()["select"] == pytest.approx(expected, abs=1e-6)
 
+    def test_images_of_the_probe(self, tmp_path, images, monkeypatch):
+        """As many as the model's entry says, told in the line; another number makes another cell."""
+        group = {**TUNING, "group": "g", "models": ["encoder"], "attacks": ["ctrl"]}
+        group["settings"] = {**group["settings"], "objective": "distillation"}
+        few = {"models": {"encoder": {**OTHER_MODELS["encoder"], "probe_images": 40}}}
+        (usual,), (cell,) = self.plan(group).cells, self.plan(group, **few).cells
+        assert cell.id != usual.id
+        assert cell.suspect.id == usual.suspect.id
+        assert "probe_images" not in usual.describe()
+        assert cell.describe()["probe_images"] == 40
+        fitted = []
+        monkeypatch.setattr(cells, "LinearProbe", lambda dataset: fitted.append(len(dataset)))
+        for one in (usual, cell):
+            suspects.train(one.suspect, images, tmp_path)
+            cells._Bench(one, images, tmp_path, use_cpu=True)
+        assert fitted == [160, 40]
+
     def test_a_probe_is_fitted_once_for_a_network(self):
         fitted = []
 
@@ -1020,6 +1037,16 @@ class TestOtherKinds:
                 {},
                 {"models": {"encoder": {**OTHER_MODELS["encoder"], "kind": "nope"}}},
                 "of kind 'nope': expected one of",
+            ),
+            (
+                {},
+                {"models": {"encoder": {**OTHER_MODELS["encoder"], "probe_images": 161}}},
+                "probe_images 161: expected, of an encoder, at most the 160 rows",
+            ),
+            (
+                {"models": ["clip"], "attacks": ["badnets"]},
+                {"models": {"clip": {**OTHER_MODELS["clip"], "probe_images": 9}}},
+                "probe_images 9: expected, of an encoder",
             ),
             (
                 {"attacks": ["odd"]},

@@ -1,7 +1,7 @@
 """Which suspects are fit to judge a defence by: the backdoor works, and the clean accuracy is that of the clean twin.
 
-Attacks are known by their names in the plan: that of their trigger, `clean` or `clean_...` for the clean twin,
-`all_to_all` for a backdoor that leads each class to the next.
+Attacks are known by their names in the plan: that of their trigger, `clean` for the clean twin, `all_to_all` for a
+backdoor that leads each class to the next.
 """
 
 from __future__ import annotations
@@ -18,12 +18,6 @@ LOWEST_ASR, LOWEST_ASR_CLEAN_LABEL = 0.9, 0.6
 LARGEST_DISTANCE = 0.02  # of the accuracy from the clean twin's
 
 
-def is_clean(line: Line) -> bool:
-    """Whether the suspect is a clean twin."""
-    attack: str = line["attack"]
-    return attack == CLEAN or attack.startswith(f"{CLEAN}_")
-
-
 def lowest_asr(attack: str, accuracy: float) -> float:
     """What the attack success rate must reach; of all-to-all a share of the accuracy, which is its bound."""
     if attack == ALL_TO_ALL:
@@ -36,12 +30,12 @@ def shortcomings(lines: Iterable[Line]) -> dict[str, str]:
     """What each suspect misses on the images of `report`, in words; an empty text where nothing, and for clean twins.
 
     Args:
-        lines: of a benchmark; a suspect's twin is the clean one with the same name and seed.
+        lines: of a benchmark; a suspect's twin is the model of the attack `clean` with the same name and seed.
     """
     by_suspect = {line["suspect"]: line for line in lines}
-    twins = {(line["model"], line["seed"]): line for line in by_suspect.values() if is_clean(line)}
+    twins = {(line["model"], line["seed"]): line for line in by_suspect.values() if line["attack"] == CLEAN}
     return {
-        name: "" if is_clean(line) else _missed(line, twins.get((line["model"], line["seed"])))
+        name: "" if line["attack"] == CLEAN else _missed(line, twins.get((line["model"], line["seed"])))
         for name, line in by_suspect.items()
     }
 
@@ -82,7 +76,7 @@ def suspect_table(lines: Sequence[Line]) -> str:
 
 def _numbers(line: Line) -> str:
     """What the plan gave the trigger, and the share of poisoned images where the line tells it."""
-    if is_clean(line):
+    if line["attack"] == CLEAN:
         return ""
     rate = line.get("poison_rate")
     trigger = [(name, str(value)) for name, value in line.get("trigger", {}).items() if name != "name"]

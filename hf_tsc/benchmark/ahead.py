@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from statistics import mean
 
-from hf_tsc.benchmark.acceptance import is_clean
+from hf_tsc.benchmark.acceptance import CLEAN
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.points import (
     EXACT,
@@ -37,7 +37,7 @@ def ahead_table(lines: Sequence[Line]) -> str:
     settings = shown_settings(lines)
 
     def row_of(line: Line) -> tuple[bool, str, int]:
-        return is_clean(line), line["attack"], line["budget"]
+        return line["attack"] == CLEAN, line["attack"], line["budget"]
 
     def name(taken: Taken) -> str:
         shown = told(settings(taken.line))

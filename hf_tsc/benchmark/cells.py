@@ -225,8 +225,9 @@ def _loss_config(cell: Cell, suspect: PreTrainedModel, *, use_cpu: bool) -> TSCC
 def _reader(cell: Cell, images: BenchmarkImages, work: Work) -> Reader:
     """Reads classes off the networks of a cell: a probe is fitted on the rows that suspects are trained on, clean."""
     if cell.suspect.kind == "encoder":
-        rows = np.random.default_rng(cell.seed).permutation(rows_of(cell.rows["suspect"]))[: work.options.probe_images]
-        return LinearProbe(pixel_dataset(images.train, np.sort(rows), work.pipeline))
+        rows = np.random.default_rng(cell.seed).permutation(rows_of(cell.rows["suspect"]))
+        drawn = rows[: cell.probe_images or work.options.probe_images]
+        return LinearProbe(pixel_dataset(images.train, np.sort(drawn), work.pipeline))
     if cell.suspect.kind == "dual_encoder":
         names = images.train.class_names or []
         return zero_shot_reader(work.model, load_tokenizer(work.source), names, TEMPLATES)

@@ -7,7 +7,7 @@ from itertools import groupby
 from statistics import mean
 from typing import Any
 
-from hf_tsc.benchmark.acceptance import ALL_TO_ALL, is_clean, of_last_training, shortcomings
+from hf_tsc.benchmark.acceptance import ALL_TO_ALL, CLEAN, of_last_training, shortcomings
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.points import (
     Taken,
@@ -21,7 +21,7 @@ from hf_tsc.benchmark.points import (
 )
 
 TUNED_ON = ("badnets", "blended")
-LEFT_OUT = (*TUNED_ON, ALL_TO_ALL)  # all-to-all has a trigger that settings were chosen on
+LEFT_OUT = (*TUNED_ON, ALL_TO_ALL, CLEAN)  # all-to-all has a trigger that settings were chosen on
 
 
 def judging(lines: Sequence[Line]) -> list[Line]:
@@ -30,8 +30,7 @@ def judging(lines: Sequence[Line]) -> list[Line]:
     Of a suspect that was changed or trained anew, only the last one counts.
     """
     missed = shortcomings(lines)
-    attacked = [line for line in of_last_training(lines) if not is_clean(line)]
-    return [line for line in attacked if line["attack"] not in LEFT_OUT and not missed[line["suspect"]]]
+    return [line for line in of_last_training(lines) if line["attack"] not in LEFT_OUT and not missed[line["suspect"]]]
 
 
 def attacks_of(lines: Sequence[Line]) -> list[str]:

@@ -17,6 +17,7 @@ A plan is a YAML file:
         kind: classifier                        # or encoder, dual_encoder
         bad_encoder: {num_train_epochs: 5}      # of an encoder: arguments of SuspectConfig for such attacks
         adaptive: {learning_rate: 0.0002}       # of a classifier: what such attacks change of `suspect`
+        probe_images: 5000                      # of an encoder: of the rows of suspect, that the probe is fitted on
         attacks: {badnets: {poison_rate: 0.05}} # what is different in an attack for this model
     attacks:
       badnets: {trigger: {name: badnets}, target_label: 0, poison_rate: 0.1}
@@ -65,7 +66,8 @@ from hf_tsc.retuning import Retuning
 ROWS = ("suspect", "clean", "select", "report")
 EVERY_TENTH = tuple(k / 10 for k in range(11))
 OF_ATTACK = {"trigger", "target_label", "poison_rate", "method", "settings"}
-OF_MODEL = {"config", "image_size", "suspect", "retuning", "reactivation", "kind", "attacks", BAD_ENCODER, ADAPTIVE}
+OF_MODEL = {"config", "image_size", "suspect", "retuning", "reactivation", "kind", "attacks", "probe_images"}
+OF_MODEL |= {BAD_ENCODER, ADAPTIVE}
 TAKEN = "taken"  # in place of a point: the one that the method takes
 Places = tuple[float | str, ...]
 
@@ -93,6 +95,7 @@ class Cell:
     reactivation: dict[str, Any] = field(default_factory=dict)
     twin: SuspectPlan | None = None
     retune_with: tuple[SuspectPlan, ...] = ()
+    probe_images: int | None = None
 
     @property
     def seed(self) -> int:
@@ -106,12 +109,14 @@ class Cell:
     @property
     def id(self) -> str:
         """Of everything that the result depends on, but the images; not of the group's name."""
-        apart = ("group", "suspect", "reactivate", "reactivation", "twin", "retune_with")
+        apart = ("group", "suspect", "reactivate", "reactivation", "twin", "retune_with", "probe_images")
         content = {key: value for key, value in vars(self).items() if key not in apart}
         if self.twin is not None:
             content |= {"reactivate": self.reactivate, "reactivation": self.reactivation, "twin": self.twin.id}
         if self.retune_with:
             content["retune_with"] = {other.attack: other.attack_content for other in self.retune_with}
+        if self.probe_images is not None:
+            content["probe_images"] = self.probe_images
         return digest({**content, "suspect": self.suspect.id})
 
     def describe(self) -> dict[str, Any]:
@@ -128,6 +133,7 @@ class Cell:
             "held_out": self.held_out,
             "method": self.method,
             "settings": self.settings,
+            **({} if self.probe_images is None else {"probe_images": self.probe_images}),
         }
 
     def __str__(self) -> str:
@@ -228,6 +234,7 @@ def _cells(entry: Mapping[str, Any], content: Mapping[str, Any], rows: dict[str,
                 reactivation=dict(content["models"][model].get("reactivation", {})),
                 twin=twin,
                 retune_with=others if suspect.is_clean else (),
+                probe_images=content["models"][model].get("probe_images"),
             )
             _check(cell)
             yield cell
@@ -243,6 +250,8 @@ def _check(cell: Cell) -> None:
     if cell.retune and cell.suspect.kind != KINDS[0]:
         raise ValueError(f"retune {list(cell.retune)}: the re-tuning attack is for classifiers")
     first, last = cell.suspect.rows
+    if cell.probe_images is not None and (cell.suspect.kind != "encoder" or not 0 < cell.probe_images <= last - first):
+        raise ValueError(f"probe_images {cell.probe_images}: expected, of an encoder, at most the {last - first} rows")
     if cell.retune and Retuning(**cell.retuning).images > last - first:
         raise ValueError(f"re-tuning draws {Retuning(**cell.retuning).images} of the {last - first} rows of suspect")
     if cell.reactivate:

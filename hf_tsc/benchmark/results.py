@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from hf_tsc.benchmark.acceptance import is_clean, of_last_runs, of_last_suspects, of_last_training, suspect_table
+from hf_tsc.benchmark.acceptance import CLEAN, of_last_runs, of_last_suspects, of_last_training, suspect_table
 from hf_tsc.benchmark.ahead import ahead_table
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.means import attacks_of, judging, means_table
@@ -63,7 +63,7 @@ def tables(lines: Sequence[Line]) -> str:
             parts += ["\n".join(failed)] if failed else []
             if len(attacks := attacks_of(judged)) > 1:
                 parts.append(f"### {name}: {model}, means over {', '.join(attacks)}\n\n{means_table(judged)}")
-                twins = [line for line in of_last_training(group) if is_clean(line)]
+                twins = [line for line in of_last_training(group) if line["attack"] == CLEAN]
                 parts.append(f"### {name}: {model}, who is ahead\n\n{ahead_table([*judged, *twins])}")
     return "\n\n".join(parts) + "\n"
 

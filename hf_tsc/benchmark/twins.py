@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_tsc.benchmark.acceptance import is_clean
+from hf_tsc.benchmark.acceptance import CLEAN
 from hf_tsc.benchmark.lines import Line
 from hf_tsc.benchmark.points import is_taken, own_point
 
@@ -21,7 +21,7 @@ def beside_twins(lines: Sequence[Line]) -> list[Line]:
     """
     known: dict[str, dict[str, Any]] = {}
     for line in lines:
-        if is_clean(line) and "error" not in line:
+        if line["attack"] == CLEAN and "error" not in line:
             known.setdefault(_run(line), {}).update(_retuned(line))
     return [_beside(line, known.get(_run(line), {})) for line in lines]
 
@@ -41,7 +41,7 @@ def _retuned(twin: Line) -> dict[str, Any]:
 
 
 def _beside(line: Line, known: dict[str, Any]) -> Line:
-    if "error" in line or is_clean(line) or (measured := known.get(_attack(line))) is None:
+    if "error" in line or line["attack"] == CLEAN or (measured := known.get(_attack(line))) is None:
         return line
 
     def beside(point: dict[str, Any]) -> dict[str, Any]:
