@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,7 +60,7 @@ class BaselineRun:
 
     name: str
     settings: Settings
-    objectives: tuple[str, ...]
+    objectives: Collection[str]
     config: TSCConfig
     curves: list[CurveResult] = field(default_factory=list)
     spec: PermutationSpec | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_tsc.baseline_run import BaselineRun, check_method
@@ -23,7 +25,7 @@ from hf_tsc.folders import check_output, finished_folder, write_json
 from hf_tsc.hub import Source, declared_license, load_model, quiet, resolve_model
 from hf_tsc.hub.folder import kept
 from hf_tsc.job import Job, Measures, OwnScore, as_image_data
-from hf_tsc.processes import meet_processes, number_of_processes, on_main_process, together
+from hf_tsc.processes import is_main_process, meet_processes, number_of_processes, on_main_process, together
 from hf_tsc.report import PurificationReport
 from hf_tsc.tasks import Options, Task, task_of
 from hf_tsc.tsc_config import NOT_REPORTED, WITHOUT_EFFECT, TSCConfig, reported_arguments
@@ -116,6 +118,8 @@ def purify(
         data = as_image_data(dataset)
         prepared: dict[str, Any] = {"budget": budget, "held_out": held_out, "options": options}
         job = Job.prepare(kind, source, suspect, data, config, **prepared)
+        if is_main_process() and not config.disable_tqdm:
+            tqdm.write(choice(job, chosen="objective" not in asked and preset == "default"), file=sys.stderr)
         measures = Measures.prepare(job, test, attack)
     told: dict[str, Any] = {"started": started, "evidence": evidence}
     facts: dict[str, Any] = {
@@ -180,6 +184,15 @@ def _write_result(
         )
         report.write(folder, trainer.curves)
     return report
+
+
+def choice(job: Job, *, chosen: bool) -> str:
+    """What a suspect is taken for, and what it is trained for and why, in a sentence or two."""
+    fitting, objective = job.task.objectives, job.work.config.objective
+    others = ", ".join(name for name in fitting if name != objective)
+    why = f"the default for one; --objective takes {others}, too" if chosen else "as asked for"
+    name = type(job.model).__name__
+    return f"{job.source.name} is an {job.task.kind}, {name}. Objective: {objective} ({fitting[objective]}), {why}."
 
 
 def notes_on_loss(before: Mapping[str, Any], after: Mapping[str, Any], score: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -284,7 +284,7 @@ class TSCConfig(TrainingArguments):
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
-    def for_model(cls, model: nn.Module, *, objectives: Sequence[str] = CLASSIFYING, **overrides: Any) -> TSCConfig:
+    def for_model(cls, model: nn.Module, *, objectives: Collection[str] = CLASSIFYING, **overrides: Any) -> TSCConfig:
         """The defaults for a model's family and the objective, with some fields changed.
 
         Args:
@@ -293,7 +293,7 @@ class TSCConfig(TrainingArguments):
             overrides: fields and their values.
         """
         family = family_defaults(model)
-        objective = overrides.get("objective", objectives[0])
+        objective = overrides.get("objective", next(iter(objectives)))
         chosen = {"objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides}
         if overrides.get("optim", "sgd") != "sgd":
             chosen = {"relative_rate": False, **chosen}

@@ -245,6 +245,19 @@ class TestDualEncoder:
         assert one != other
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "told"),
+    [
+        ("clip", {}, "clip is an image-text dual encoder, CLIPModel. Objective: distillation (its own embeddings"),
+        ("resnet", {"objective": "simclr"}, "Objective: simclr (two views of each image, no labels), as asked for."),
+        ("classifier", {}, "the default for one; --objective takes cross_entropy, too."),
+    ],
+)
+def test_what_is_chosen_is_told(folders, tmp_path, capsys, name, config, told):
+    run(folders[name], tmp_path / "out", digits(0, 100), config={**config, "disable_tqdm": False})
+    assert told in capsys.readouterr().err
+
+
 class TestRefused:
     def test_no_captions_and_no_class_names(self, folders, tmp_path):
         with pytest.raises(UsageError, match="neither captions nor class names"):

@@ -6,7 +6,7 @@ Letters: t a position on a path, in [0, 1].
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Case:
     held_out: Any
     seed: int
     objective: Callable[[LossSettings], Objective] | None = None
-    objectives: Sequence[str] = CLASSIFYING
+    objectives: Collection[str] = CLASSIFYING
     use_cpu: bool = True
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -190,7 +190,7 @@ BASELINES: dict[str, Baseline] = {
 }
 
 
-def settings_of(name: str, options: Mapping[str, Any], objectives: Sequence[str] = CLASSIFYING) -> Settings:
+def settings_of(name: str, options: Mapping[str, Any], objectives: Collection[str] = CLASSIFYING) -> Settings:
     """The settings of a baseline.
 
     Args:
@@ -216,7 +216,7 @@ def settings_of(name: str, options: Mapping[str, Any], objectives: Sequence[str]
 
 
 def loss_config(
-    settings: Settings, suspect: PreTrainedModel, *, objectives: Sequence[str], seed: int, use_cpu: bool
+    settings: Settings, suspect: PreTrainedModel, *, objectives: Collection[str], seed: int, use_cpu: bool
 ) -> TSCConfig:
     """The settings that make a loss, as a task of `hf_tsc.tasks` wants them."""
     shared = {entry.name: getattr(settings, entry.name) for entry in fields(Settings) if entry.name != "batch_size"}
@@ -246,7 +246,7 @@ def run_baseline(name: str, case: Case, settings: Settings, visit: Visit) -> Out
     return Outcome(settings.gradient_evaluations(len(case.train)), asdict(settings))
 
 
-def check_fits(name: str, objectives: Sequence[str]) -> None:
+def check_fits(name: str, objectives: Collection[str]) -> None:
     """Raises UsageError where a method needs a classifier and the model, which these objectives fit, is none."""
     if not BASELINES[name].any_objective and not set(objectives) <= set(CLASSIFYING):
         able = ", ".join(other for other, baseline in BASELINES.items() if baseline.any_objective)

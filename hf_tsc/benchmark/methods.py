@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,7 @@ def run_tsc(case: Case, settings: dict[str, Any], visit: Visit) -> Outcome:
 
 
 def tsc_config(
-    suspect: PreTrainedModel, settings: dict[str, Any], *, objectives: Sequence[str], **options: Any
+    suspect: PreTrainedModel, settings: dict[str, Any], *, objectives: Collection[str], **options: Any
 ) -> TSCConfig:
     """What the settings of a cell ask for; those that are not given, a preset gives or the suspect's kind."""
     given = {name: value for name, value in settings.items() if name not in ("preset", "permutation")} | options

@@ -67,7 +67,7 @@ class Task(ABC):
         kind: the kind of model, in words.
         auto_class: of transformers, that loads it.
         pipeline_tag: of the Hub.
-        objectives: those that fit, by names of `TSCConfig.objective`; the default first.
+        objectives: those that fit, by names of `TSCConfig.objective`, and what each does; the default first.
         accuracy: what an accuracy is of this kind, in words.
         notes: what a reader of the report should know.
 
@@ -78,7 +78,7 @@ class Task(ABC):
     kind: ClassVar[str]
     auto_class: ClassVar[Any]
     pipeline_tag: ClassVar[str]
-    objectives: ClassVar[tuple[str, ...]]
+    objectives: ClassVar[dict[str, str]]
     accuracy: ClassVar[str]
 
     def __init__(self, work: Work):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel
@@ -15,7 +17,6 @@ from hf_tsc.images import pixel_dataset
 from hf_tsc.objectives import ImageClassification, LossSettings, Objective
 from hf_tsc.tasks.base import Task, Work
 from hf_tsc.tasks.classes import check_labels, class_names
-from hf_tsc.tsc_config import CLASSIFYING
 
 UNCORRECTED_TRANSFORMER = (
     "The model was trained on the suspect's own answers. On a tiny transformer that is nearly always right they "
@@ -28,7 +29,10 @@ class Classification(Task):
     kind = "image classifier"
     auto_class = AutoModelForImageClassification
     pipeline_tag = "image-classification"
-    objectives = CLASSIFYING
+    objectives: ClassVar = {
+        "distillation": "its own answers, no labels needed",
+        "cross_entropy": "the labels of the images",
+    }
     accuracy = "clean accuracy"
 
     def __init__(self, work: Work):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -22,7 +24,10 @@ class Encoding(Task):
     kind = "image encoder"
     auto_class = AutoModel
     pipeline_tag = "image-feature-extraction"
-    objectives = ("distillation", "simclr")
+    objectives: ClassVar = {
+        "distillation": "its own features, no labels needed",
+        "simclr": "two views of each image, no labels",
+    }
     accuracy = "linear-probe accuracy"
 
     def __init__(self, work: Work):

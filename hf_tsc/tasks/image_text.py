@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +30,10 @@ class ImageTextMatching(Task):
     kind = "image-text dual encoder"
     auto_class = AutoModel
     pipeline_tag = "zero-shot-image-classification"
-    objectives = ("distillation", "image_text")
+    objectives: ClassVar = {
+        "distillation": "its own embeddings of images and texts, which need not belong together",
+        "image_text": "pairs of image and text",
+    }
     accuracy = "zero-shot accuracy"
 
     def __init__(self, work: Work):
