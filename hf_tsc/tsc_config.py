@@ -91,6 +91,8 @@ TRANSFORMER_FOLLOWING: dict[str, Any] = {
     "feature_states": "last",
     "learning_rate": 0.012,
 }
+# Features and embeddings say more than answers do: repeated at the rate for answers they take a backdoor along.
+TRANSFORMER_FEATURES: dict[str, Any] = {"learning_rate": 0.024}
 
 
 # What goes with an objective, on top of the family's defaults.
@@ -292,7 +294,7 @@ class TSCConfig(TrainingArguments):
             objectives: those that fit it, the default first.
             overrides: fields and their values.
         """
-        family = family_defaults(model)
+        family = family_defaults(model, classifier="cross_entropy" in objectives)
         objective = overrides.get("objective", next(iter(objectives)))
         chosen = {"objective": objective, **OBJECTIVE_DEFAULTS.get(objective, {}), **overrides}
         if overrides.get("optim", "sgd") != "sgd":
@@ -410,16 +412,18 @@ def _has_hidden_states(values: Mapping[str, Any]) -> bool:
     return values["objective"] == "distillation" and "residual" not in values.get("move_spaces", KINDS)
 
 
-def family_defaults(model: nn.Module, *, following: bool = True) -> dict[str, Any]:
+def family_defaults(model: nn.Module, *, following: bool = True, classifier: bool = True) -> dict[str, Any]:
     """What differs from the defaults of `TSCConfig` for networks with BatchNorm layers, or for those without.
 
     Args:
         model: of the family.
         following: its hidden states are followed.
+        classifier: it is one, and no encoder or dual encoder.
     """
     if batch_norm_buffers(model):
         return {**BATCH_NORM_DEFAULTS, **(BATCH_NORM_FOLLOWING if following else {})}
-    return {**TRANSFORMER_DEFAULTS, **(TRANSFORMER_FOLLOWING if following else {})}
+    followed = {**TRANSFORMER_FOLLOWING, **({} if classifier else TRANSFORMER_FEATURES)}
+    return {**TRANSFORMER_DEFAULTS, **(followed if following else {})}
 
 
 def reported_arguments(config: TSCConfig) -> dict[str, Any]:

@@ -199,8 +199,13 @@ class TestDualEncoder:
         """Image tower alone, whose hidden states are followed; embeddings of texts stay bit by bit."""
         config = {"objective": "distillation", "train_towers": ["image"], "move_towers": ["image"]}
         report = run(folders["clip"], tmp_path / "out", captioned(0, 100), config=config)
-        arguments = {name: report.arguments[name] for name in ("objective", "feature_weight", "feature_states")}
-        assert arguments == {"objective": "distillation", "feature_weight": 2.0, "feature_states": "last"}
+        expected = {
+            "objective": "distillation",
+            "feature_weight": 2.0,
+            "feature_states": "last",
+            "learning_rate": 0.024,
+        }
+        assert {name: report.arguments[name] for name in expected} == expected
         suspect, purified = (AutoModel.from_pretrained(place).eval() for place in (folders["clip"], tmp_path / "out"))
         inputs = {name: tensor.cpu() for name, tensor in example_inputs(suspect).items()}
         with torch.no_grad():

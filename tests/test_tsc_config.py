@@ -86,6 +86,18 @@ class TestPresets:
         plain = {**family_defaults(model, following=False), **changes}
         assert all(getattr(made, name) == value for name, value in plain.items())
 
+    def test_features_are_repeated_at_a_higher_rate_than_answers(self, tmp_path):
+        """Of transformers whose hidden states are followed."""
+        fixed = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+        objectives = ("distillation", "simclr")
+
+        def rate(family, **changes):
+            return TSCConfig.for_model(tiny.model(family), **fixed, **changes).learning_rate
+
+        assert rate("vit", objectives=objectives) == 2 * rate("vit")
+        assert rate("vit", objectives=objectives, feature_weight=0.0) == rate("vit", feature_weight=0.0)
+        assert rate("resnet", objectives=objectives) == rate("resnet")
+
 
 class TestChecks:
     @pytest.mark.parametrize(
