@@ -76,7 +76,7 @@ def main() -> None:
         results[plan.id] = {"model": plan.model, "attack": plan.attack, **made, "before": before, "after": after}
         OUTPUT.parent.mkdir(parents=True, exist_ok=True)
         write_json(OUTPUT, results)
-        print(f"{plan.id}: {before} -> {after}")
+        print(f"{plan.id}: {before} -> {after}", flush=True)
 
 
 if __name__ == "__main__":
