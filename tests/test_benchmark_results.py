@@ -269,7 +269,7 @@ class TestMeans:
         assert "means over" not in tables(JUDGED[:6])
 
     def test_picture(self):
-        left, _ = plot_means(judging(JUDGED), title="x").axes
+        (left,) = plot_means(judging(JUDGED), title="x").axes
         drawn = {one.get_label(): (list(one.get_xdata()), list(one.get_ydata())) for one in left.get_lines()}
         assert drawn["TSC over t"] == (pytest.approx([71]), pytest.approx([20]))
         assert drawn["ANP along its path"] == (pytest.approx([60]), pytest.approx([50]))
@@ -278,7 +278,7 @@ class TestMeans:
         lines = judging(JUDGED)[:2]
         more = [{**point(0.9, 0.7, 0.7, 0.2), "report": measures(0.75, 0.4)}]
         lines[0] = {**lines[0], "paths": [{**lines[0]["paths"][0], "points": last_points(lines[0]) + more}]}
-        left, _ = plot_means(lines, title="x").axes
+        (left,) = plot_means(lines, title="x").axes
         assert list(left.get_lines()[0].get_xdata()) == pytest.approx([71])
 
     def test_picture_is_of_the_last_runs(self, tmp_path, monkeypatch):
@@ -455,7 +455,7 @@ class TestPictures:
         known = point(0.5, 0.7, 0.68, 0.1, report=measures(0.66, 0.2))
         reported, partly = line(points=[known]), line(points=[known, point(0.6, 0.7, 0.7, 0.3)])
         for lines, expected in (([reported], [66]), ([partly], [68, 70]), ([reported, tuned()], [68])):
-            left, _ = plot_frontier(lines, title="x").axes
+            (left,) = plot_frontier(lines, title="x").axes
             assert list(left.get_lines()[0].get_xdata()) == pytest.approx(expected)
 
     def test_frontier_joins_rates_of_fine_tuning(self):
@@ -465,7 +465,7 @@ class TestPictures:
         paths = [[point(1.0, 0.7, *end)] for end in ends.values()]
         both = zip(settings, paths, strict=True)
         lines = [line("fine_tuning", points=points, taken=1.0, settings=setting) for setting, points in both]
-        left, _ = plot_frontier([*lines, tuned(), line()], title="x").axes
+        (left,) = plot_frontier([*lines, tuned(), line()], title="x").axes
         (joined,) = (one for one in left.get_lines() if one.get_label() == "fine-tuning over learning rates")
         assert list(joined.get_xdata()) == pytest.approx([75, 70, 60])
         assert list(joined.get_ydata()) == pytest.approx([50, 5, 4])
@@ -473,7 +473,7 @@ class TestPictures:
     @pytest.mark.parametrize(("groups", "pale"), [(("final", "rates"), 2), (("final", "final_rates"), 0)])
     def test_what_is_not_final_is_pale(self, groups, pale):
         """A path and the dot on it."""
-        left, _ = plot_frontier([line(group=group) for group in groups], title="x").axes
+        (left,) = plot_frontier([line(group=group) for group in groups], title="x").axes
         assert sum(one.get_alpha() < 1 for one in left.get_lines()) == pale
 
     def test_last_training(self):

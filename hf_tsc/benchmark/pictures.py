@@ -45,7 +45,7 @@ def plot_curves(line: Line) -> Figure:
 
 
 def plot_frontier(lines: Sequence[Line], *, title: str) -> Figure:
-    """Where methods stand between accuracy and attack success rate, before and after re-tuning.
+    """Where methods stand between accuracy and attack success rate, before and, where that was done, after re-tuning.
 
     TSC over t (without the ends: of a first curve both are backdoored), interpolated fine-tuning over its share, each
     along its path, one line a cell, with a dot where the method takes a point; plain fine-tuning joined over learning
@@ -71,23 +71,25 @@ def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
     """Each path is the mean over some lines."""
     everywhere = all("report" in point for lines in paths for line in lines for point in last_points(line))
     images = "report" if everywhere else "select"
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    retuned = any("retuned" in point for lines in paths for line in lines for point in last_points(line))
+    names = {images: f"purified ({IMAGES[images]})"}
+    names |= {"retuned": "after re-tuning with poisoned images"} if retuned else {}
+    figure = Figure(figsize=(10 if retuned else 6, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
     chosen = any(_is_final(lines) for lines in paths)
-    places = (left, images, f"purified ({IMAGES[images]})"), (right, "retuned", "after re-tuning with poisoned images")
     paths, of_other_rates = sorted(paths, key=_is_final), sorted(_of_other_rates(paths), key=_are_final)
-    for axes, place, name in places:
+    for axes, (place, name) in zip(panels, names.items(), strict=True):
         for lines in paths:
             _plot_path(axes, lines, place, alpha=PALE if chosen and not _is_final(lines) else 1.0)
         for several in of_other_rates:
             _plot_rates(axes, several, place, alpha=PALE if chosen and not _are_final(several) else 1.0)
         axes.set(xlabel="clean accuracy, %", title=name, ylim=(-3, 103))
         axes.grid(alpha=0.3)
-    left.set(ylabel="attack success rate, %")
-    best = max((x for axes in (left, right) for line in axes.get_lines() for x in line.get_xdata()), default=100)
-    left.set(xlim=(best - SHOWN, best + SHOWN / 20))
+    panels[0].set(ylabel="attack success rate, %")
+    best = max((x for axes in panels for line in axes.get_lines() for x in line.get_xdata()), default=100)
+    panels[0].set(xlim=(best - SHOWN, best + SHOWN / 20))
     handles: dict[str, Any] = {}
-    for axes in (left, right):  # of several with a label the last one counts, which is not pale
+    for axes in panels:  # of several with a label the last one counts, which is not pale
         drawn, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, drawn, strict=True))
     if handles:
