@@ -423,7 +423,7 @@ class TestWrongInput:
             ("five_classes", "The dataset has 5 classes, the model 10"),
             ("other_names", "Class 0 is 'digit 0' in the dataset and '0' in the model"),
             ("other_order", "Class 0 is '1' in the dataset and '0' in the model"),
-            ("empty", "cannot be loaded"),
+            ("empty", "has no rows: expected images"),
         ],
     )
     def test_dataset(self, models, data, tmp_path, refused, dataset, message):
