@@ -89,7 +89,7 @@ def load_images(
             break
         except LOADING_ERRORS as error:
             if saved and isinstance(error, IndexError):
-                raise UsageError(f"{name_or_path} has no rows: expected images.") from error
+                raise _without_rows(name_or_path) from error
             reason = " ".join(str(error).split())[:300]
             passing = None if path.exists() else _passing(error)
             if passing is None:
@@ -128,6 +128,10 @@ def pin_dataset(name: str, revision: str | None = None, *, token: str | bool | N
     except UsageError:  # `load_images` says more of it
         return None
     return info.sha
+
+
+def _without_rows(name: str) -> UsageError:
+    return UsageError(f"{name} has no rows: expected images.")
 
 
 def find_columns(
@@ -422,7 +426,7 @@ def open_images(
         rows = dataset if dataset.format["type"] is None else dataset.with_format(None)
         name = rows.info.dataset_name or "dataset"
     if len(rows) == 0:
-        raise UsageError(f"{name} has no rows: expected images.")
+        raise _without_rows(name)
     image, label = find_columns(rows.features, image_column=image_column, label_column=label_column)
     return ImageData(name, rows, image, label, caption_column, config_name, place, commit, notes)
 

@@ -156,23 +156,46 @@ def figures_of(text):
     return [tuple(filter(None, figure)) for figure in found]
 
 
+def percent(measures, *names):
+    return tuple(f"{100 * measures[name]:.1f}" for name in names or ("accuracy", "attack_success_rate"))
+
+
 def measured_figures(lines):
     """Those of suspects, and of all points."""
-
-    def percent(measures, *names):
-        return tuple(f"{100 * measures[name]:.1f}" for name in names)
-
     measured = set()
     for line in lines:
-        before = (line["before"][name] for name in ("select", "report"))
-        measured |= {percent(images, "accuracy", "attack_success_rate") for images in before}
+        measured |= {percent(line["before"][name]) for name in ("select", "report")}
         for point in (point for path in line["paths"] for point in path["points"]):
             for images in (point[name] for name in ("select", "report") if name in point):
-                pair = percent(images, "accuracy", "attack_success_rate")
-                measured.add(pair)
+                measured.add(percent(images))
                 if "retuned" in point:
-                    measured.add((*pair, *percent(point["retuned"], "attack_success_rate")))
+                    measured.add((*percent(images), *percent(point["retuned"], "attack_success_rate")))
     return measured
+
+
+@pytest.mark.parametrize(
+    ("results", "page"),
+    [
+        ("recipes/cifar10/results.jsonl", "docs/results/tables.md"),
+        ("recipes/encoders/results.jsonl", "docs/results/encoders/tables.md"),
+        ("recipes/benchmark/results.jsonl", "docs/benchmark/tables.md"),
+    ],
+)
+def test_tables_are_those_of_the_lines(results, page):
+    assert (ROOT / page).read_text(encoding="utf-8") == tables(read_lines(ROOT / results))
+
+
+@pytest.mark.parametrize(
+    ("results", "plan"),
+    [
+        ("recipes/cifar10/results.jsonl", "recipes/cifar10/plan.yaml"),
+        ("recipes/encoders/results.jsonl", "recipes/encoders/plan.yaml"),
+        ("recipes/benchmark/why.jsonl", "recipes/benchmark/why.yaml"),
+    ],
+)
+def test_lines_are_of_cells_of_the_plan(results, plan):
+    cells = {cell.id for cell in Plan.read(ROOT / plan).cells}
+    assert {line["id"] for line in read_lines(ROOT / results)} <= cells
 
 
 ENCODERS = "\n## Encoders and CLIP\n"
@@ -182,13 +205,6 @@ class TestResults:
     """docs/results.md and its tables, of the lines that the benchmark wrote."""
 
     LINES = read_lines(ROOT / "recipes/cifar10/results.jsonl")
-
-    def test_tables(self):
-        assert (ROOT / "docs/results/tables.md").read_text(encoding="utf-8") == tables(self.LINES)
-
-    def test_cells_are_in_the_plan(self):
-        cells = {cell.id for cell in Plan.read(ROOT / "recipes/cifar10/plan.yaml").cells}
-        assert {line["id"] for line in self.LINES} <= cells
 
     def test_figures_of_the_text_are_measured(self):
         text, _ = (ROOT / "docs/results.md").read_text(encoding="utf-8").split(ENCODERS)
@@ -203,13 +219,6 @@ class TestEncoders:
     LINES = read_lines(ROOT / "recipes/encoders/results.jsonl")
     COMMANDS = json.loads((ROOT / "docs/results/encoders/commands.json").read_text(encoding="utf-8"))
 
-    def test_tables(self):
-        assert (ROOT / "docs/results/encoders/tables.md").read_text(encoding="utf-8") == tables(self.LINES)
-
-    def test_cells_are_in_the_plan(self):
-        cells = {cell.id for cell in Plan.read(ROOT / "recipes/encoders/plan.yaml").cells}
-        assert {line["id"] for line in self.LINES} <= cells
-
     def test_suspects_are_what_the_recipe_asks_for(self):
         before = {(line["model"], line["attack"]): line["before"]["report"] for line in self.LINES}
         untrained = before["vit_untrained", "clean"]["accuracy"]
@@ -221,9 +230,7 @@ class TestEncoders:
     def test_figures_of_the_text_are_measured(self):
         _, text = (ROOT / "docs/results.md").read_text(encoding="utf-8").split(ENCODERS)
         measured = measured_figures(self.LINES)
-        for told in self.COMMANDS.values():
-            pairs = ((told[when]["accuracy"], told[when]["attack_success_rate"]) for when in ("before", "after"))
-            measured |= {tuple(f"{100 * share:.1f}" for share in pair) for pair in pairs}
+        measured |= {percent(told[when]) for told in self.COMMANDS.values() for when in ("before", "after")}
         found = figures_of(text)
         assert len(found) > 20
         assert [figure for figure in found if figure not in measured] == []
@@ -236,9 +243,6 @@ class TestBenchmark:
     WHY = read_lines(ROOT / "recipes/benchmark/why.jsonl")
     TABLES = (ROOT / "docs/benchmark/tables.md").read_text(encoding="utf-8")
     PAGE = (ROOT / "docs/benchmark.md").read_text(encoding="utf-8").replace("**", "")
-
-    def test_tables(self):
-        assert tables(self.LINES) == self.TABLES
 
     def test_small_has_been_run_whole(self):
         cells = {cell.id for cell in Plan.read(ROOT / "recipes/benchmark/small.yaml").cells}
@@ -270,10 +274,6 @@ class TestBenchmark:
         found = figures_of(self.PAGE[start:end])
         assert len(found) == 39
         assert [figure for figure in found if figure not in measured_figures(self.LINES + self.WHY)] == []
-
-    def test_what_explains_is_in_its_plan(self):
-        cells = {cell.id for cell in Plan.read(ROOT / "recipes/benchmark/why.yaml").cells}
-        assert {line["id"] for line in self.WHY} <= cells
 
     def test_sample_is_the_same_again(self):
         first = {line["id"]: line for line in self.LINES}

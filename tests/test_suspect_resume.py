@@ -83,9 +83,9 @@ def encoder(folder: Path, **changes: Any) -> Any:
     return train_encoder(ViTConfig(**VIT), processor(), digit_data(0, 96), **how)
 
 
-def channels_last(folder: Path, **changes: Any) -> None:
+def channels_last(folder: Path, **changes: Any) -> Any:
     args = arguments(folder, **{"augmentation": "simclr", "channels_last": True, **changes})
-    train_encoder(ResNetConfig(**RESNET), processor(), digit_data(0, 96), args=args, attack=None)
+    return train_encoder(ResNetConfig(**RESNET), processor(), digit_data(0, 96), args=args, attack=None)
 
 
 def bad_encoder(folder: Path, **changes: Any) -> None:
@@ -134,11 +134,12 @@ def test_channels_last_is_of_the_training_alone(tmp_path, monkeypatch):
         return real(self, model, *args, **kwargs)
 
     monkeypatch.setattr(ObjectiveTrainer, "training_step", step)
-    channels_last(tmp_path / "s", num_train_epochs=0.2)
+    trained = channels_last(tmp_path / "s", num_train_epochs=0.2)
     assert seen
     assert all(seen)
     kept = AutoModel.from_pretrained(tmp_path / "s")
-    assert all(value.is_contiguous() for value in kept.parameters())
+    for model in (trained, kept):
+        assert all(value.is_contiguous() for value in model.parameters())
 
 
 def test_bad_encoder_gives_the_same_bits(tmp_path, killed):

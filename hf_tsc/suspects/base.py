@@ -95,7 +95,7 @@ def fit(
 
     def write(folder: Path) -> None:
         with quiet():
-            model.eval().to(memory_format=torch.contiguous_format).save_pretrained(folder)
+            model.eval().save_pretrained(folder)
         save(folder)
         write_json(folder / RECORD, record)
 
@@ -133,6 +133,8 @@ def _train(
         ObjectiveTrainer(objective=objective, model=model, **options).train(resume_from_checkpoint=checkpoint)
     finally:
         vars(args).update(before)
+        if args.channels_last:
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 class NoneAtTheEnd(TrainerCallback):
