@@ -489,8 +489,26 @@ def test_command(tmp_path, capsys):
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     assert main(["benchmark-tables", str(tmp_path / "r.jsonl"), "--output_dir", str(tmp_path / "out")]) == 0
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"tables.md", "frontier-resnet-badnets-0.png", f"curves-resnet-badnets-0-{lines[0]['id']}.png"}
+    pictures = {"frontier-resnet-badnets-0.png", "search-resnet-badnets-0.png"}
+    assert names == {"tables.md", f"curves-resnet-badnets-0-{lines[0]['id']}.png", *pictures}
     assert (tmp_path / "out" / "tables.md").read_text() == tables(lines)
+
+
+def test_search_has_a_picture_of_its_own(tmp_path, monkeypatch):
+    reported = line(points=[point(0.5, 0.7, 0.68, 0.1, report=measures(0.66, 0.2))])
+    searched, failed = tuned(), line(error="the loss is nan", settings={"steps": 9})
+    drawn = {}
+
+    def plot(lines, title):
+        drawn[title] = lines
+        return plot_frontier(lines, title=title)
+
+    monkeypatch.setattr(results, "plot_frontier", plot)
+    write_results([reported, searched, failed], tmp_path)
+    assert drawn == {"resnet, badnets, 0": [reported], "resnet, badnets, 0: the search": [searched]}
+    drawn.clear()
+    write_results([searched, line()], tmp_path)  # TSC not reported yet: all in one
+    assert drawn == {"resnet, badnets, 0": [searched, line()]}
 
 
 @pytest.mark.parametrize("content", ["", "not json\n"])

@@ -75,8 +75,9 @@ def _of_group(lines: Sequence[Line], name: str, model: str) -> list[Line]:
 def write_results(lines: Sequence[Line], output: Path, say: Callable[[str], None] = print) -> None:
     """Write `tables.md`, a frontier for every suspect, curves and means.
 
-    A frontier is of the last training of its suspect, and of what was reported once TSC was. Of cells that were run
-    twice on the same weights the last run is drawn.
+    A frontier is of the last training of its suspect, and of what was reported once TSC was; the other cells, which
+    settings were chosen among, get a picture of their own, `search-...`. Of cells that were run twice on the same
+    weights the last run is drawn.
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / "tables.md").write_text(tables(lines), encoding="utf-8")
@@ -84,9 +85,14 @@ def write_results(lines: Sequence[Line], output: Path, say: Callable[[str], None
     for name, several in groupby(sorted(last_runs, key=_suspect_name), key=_suspect_name):
         of_suspect = list(several)
         drawn = of_last_training(of_suspect)
-        reported = [line for line in drawn if "error" not in line and is_reported(line)]
-        shown = reported if any(line["method"] == "tsc" for line in reported) else drawn
-        plot_frontier(shown, title=name.replace("-", ", ")).savefig(output / f"frontier-{name}.png", dpi=110)
+        finished = [line for line in drawn if "error" not in line]
+        reported = [line for line in finished if is_reported(line)]
+        title = name.replace("-", ", ")
+        shown = reported if any(line["method"] == "tsc" for line in reported) else finished
+        plot_frontier(shown, title=title).savefig(output / f"frontier-{name}.png", dpi=110)
+        searched = [line for line in finished if line not in shown]
+        if searched:
+            plot_frontier(searched, title=f"{title}: the search").savefig(output / f"search-{name}.png", dpi=110)
         for line in of_suspect:
             if line["method"] == "tsc" and "error" not in line and is_reported(line):
                 plot_curves(line).savefig(output / f"curves-{name}-{line['id']}.png", dpi=110)
