@@ -93,7 +93,7 @@ def _plot_frontiers(paths: Sequence[Sequence[Line]], title: str) -> Figure:
         drawn, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, drawn, strict=True))
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=1 + len(panels))
     figure.suptitle(title)
     return figure
 
