@@ -8,6 +8,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import mean
+from typing import ClassVar
 
 import pytest
 
@@ -218,14 +219,19 @@ class TestEncoders:
 
     LINES = read_lines(ROOT / "recipes/encoders/results.jsonl")
     COMMANDS = json.loads((ROOT / "docs/results/encoders/commands.json").read_text(encoding="utf-8"))
+    BEFORE: ClassVar = {(line["model"], line["attack"]): line["before"]["report"] for line in LINES}
+    missed = pytest.mark.xfail(reason="59.5 and 59.9 %: docs/results.md tells it", strict=True)
 
-    def test_suspects_are_what_the_recipe_asks_for(self):
-        before = {(line["model"], line["attack"]): line["before"]["report"] for line in self.LINES}
-        untrained = before["vit_untrained", "clean"]["accuracy"]
-        lowest = {"resnet": 0.595, "vit": max(0.48, untrained + 0.1), "clip": 0.5}  # the ResNet misses 0.6, as is told
-        for (model, attack), measured in before.items():
-            assert measured["accuracy"] >= lowest.get(model, 0)
-            assert attack not in ("bad_encoder", "captions") or measured["attack_success_rate"] >= 0.9
+    @pytest.mark.parametrize("model", [pytest.param("resnet", marks=missed), "vit", "clip"])
+    def test_suspects_are_as_accurate_as_the_recipe_asks_for(self, model):
+        untrained = self.BEFORE["vit_untrained", "clean"]["accuracy"]
+        lowest = {"resnet": 0.6, "vit": max(0.48, untrained + 0.1), "clip": 0.5}[model]
+        assert all(measured["accuracy"] >= lowest for (name, _), measured in self.BEFORE.items() if name == model)
+
+    def test_backdoors_are_what_the_recipe_asks_for(self):
+        backdoored = [measured for (_, attack), measured in self.BEFORE.items() if attack != "clean"]
+        assert len(backdoored) == 3
+        assert all(measured["attack_success_rate"] >= 0.9 for measured in backdoored)
 
     def test_figures_of_the_text_are_measured(self):
         _, text = (ROOT / "docs/results.md").read_text(encoding="utf-8").split(ENCODERS)

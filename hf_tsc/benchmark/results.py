@@ -86,11 +86,12 @@ def write_results(lines: Sequence[Line], output: Path, say: Callable[[str], None
         of_suspect = list(several)
         drawn = of_last_training(of_suspect)
         finished = [line for line in drawn if "error" not in line]
+        searched = [line for line in finished if not is_reported(line)]
         reported = [line for line in finished if is_reported(line)]
+        if not any(line["method"] == "tsc" for line in reported):
+            reported, searched = finished, []
         title = name.replace("-", ", ")
-        shown = reported if any(line["method"] == "tsc" for line in reported) else finished
-        plot_frontier(shown, title=title).savefig(output / f"frontier-{name}.png", dpi=110)
-        searched = [line for line in finished if line not in shown]
+        plot_frontier(reported, title=title).savefig(output / f"frontier-{name}.png", dpi=110)
         if searched:
             plot_frontier(searched, title=f"{title}: the search").savefig(output / f"search-{name}.png", dpi=110)
         for line in of_suspect:
